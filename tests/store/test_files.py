@@ -1,0 +1,667 @@
+"""Files of store objects: dumped, restored, canonicalised, deleted; on hostile trees and next to real Nix."""
+
+import hashlib
+import os
+import resource
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nixserve.codec.hashes import hashBytes
+from nixserve.codec.nar import BadArchive, Contents, Directory, EndDirectory, Regular, Symlink, encodeNar
+from nixserve.errors import FormatError, StoreError
+from nixserve.store import files
+from nixserve.store.files import (
+    CHUNK_SIZE,
+    PathRestorer,
+    canonicalisePathMetaData,
+    deletePath,
+    dumpPath,
+    hashPath,
+    restorePath,
+)
+from tests.vectors.nar import trees
+from tests.vectors.nar.trees import TREES, File, Link
+
+SOURCES = Path(files.__file__).parents[2]
+needsNix = pytest.mark.skipif(shutil.which("nix-store") is None, reason="no nix-store to compare with")
+needsRoot = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory, as text."""
+    yield str(tmp_path)
+    deletePath(str(tmp_path))
+
+
+def encode(tree):
+    """The NAR of a tree."""
+    return b"".join(encodeNar(trees.events(tree)))
+
+
+def dump(path):
+    """The NAR of a path."""
+    return b"".join(dumpPath(path))
+
+
+def restore(target, data, size=1000):
+    """Restore a NAR that is fed in pieces of C{size} bytes."""
+    return restorePath(target, (data[i : i + size] for i in range(0, len(data), size)))
+
+
+def openFiles():
+    """How many descriptors this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def fewDescriptors(count):
+    """No more than C{count} descriptors beside those that are open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def walk(path):
+    """Path and status of everything in a tree."""
+    yield path, os.lstat(path)
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        for name in os.listdir(path):
+            yield from walk(os.path.join(path, name))
+
+
+def assertCanonical(path):
+    """Everything in a tree has canonical metadata."""
+    for name, status in walk(path):
+        assert status.st_mtime_ns == 1_000_000_000, name
+        if stat.S_ISDIR(status.st_mode):
+            assert stat.S_IMODE(status.st_mode) == 0o555, name
+        elif stat.S_ISREG(status.st_mode):
+            assert stat.S_IMODE(status.st_mode) in (0o444, 0o555), name
+        assert (status.st_uid, status.st_gid) == (os.geteuid(), os.getegid()), name
+
+
+class TestDump:
+    """dumpPath"""
+
+    @pytest.mark.parametrize("name", TREES)
+    def test_golden(self, place, name):
+        """A NAR is byte for byte what real Nix makes of the same tree."""
+        trees.write(TREES[name], os.fsencode(place) + b"/x")
+        assert dump(place + "/x") == trees.nar(name)
+        assert dump(place + "/x/") == trees.nar(name)
+
+    def test_relative(self, place, monkeypatch):
+        """A relative path means what it means elsewhere."""
+        trees.write(TREES["directory"], os.fsencode(place) + b"/x")
+        monkeypatch.chdir(place)
+        assert dump("x") == trees.nar("directory")
+
+    def test_onlyTheOwnersExecutableBit(self, place):
+        """Execute permission of group and others alone is none."""
+        path = place + "/x"
+        trees.write(File(b"#!/bin/sh\n"), os.fsencode(path))
+        os.chmod(path, 0o655)
+        assert dump(path) == encode(File(b"#!/bin/sh\n"))
+
+    @pytest.mark.parametrize("chunkSize", [8192, 10_000, CHUNK_SIZE])
+    def test_chunks(self, place, chunkSize):
+        """Chunks are full, and never more than that, whatever the sizes of the files."""
+        sizes = [0, 1, 7, 3000, 5000, 8000, 8192, 9999, 65_536, 65_537, 262_144, 262_145, 700_000]
+        tree = {b"%07d-%d" % (size, turn): File(os.urandom(size)) for size in sizes for turn in range(8)}
+        tree |= {b"link%d" % turn: Link(b"t" * 4095) for turn in range(20)}
+        trees.write(tree, os.fsencode(place) + b"/x")
+        chunks = list(dumpPath(place + "/x", chunkSize))
+        assert b"".join(chunks) == encode(tree)
+        assert max(map(len, chunks)) <= chunkSize
+        short = [chunk for chunk in chunks[:-1] if len(chunk) < chunkSize - files.MAX_NODE_HEADER]
+        # A small file that does not fit any more leaves room; that is the only reason for a chunk that is not full.
+        assert all(len(chunk) > chunkSize - files._SMALL_FILE - files.MAX_NODE_HEADER for chunk in short)
+
+    @pytest.mark.parametrize("where", ["{}/x", "{}/dir/x"])
+    @pytest.mark.parametrize("make", [os.mkfifo, lambda path: socket.socket(socket.AF_UNIX).bind(path)])
+    def test_unsupportedType(self, place, where, make):
+        """A FIFO or socket is an error with its name."""
+        os.mkdir(place + "/dir")
+        path = where.format(place)
+        make(path)
+        with pytest.raises(StoreError, match=f"file '{path}' has an unsupported type"):
+            dump(place + "/x" if where == "{}/x" else place + "/dir")
+
+    def test_missing(self, place):
+        """What is not there is an error with its name."""
+        for path in (place + "/x", place + "/x/y/z"):
+            with pytest.raises(StoreError, match=f"cannot read '{path}': No such file or directory"):
+                dump(path)
+
+    @pytest.mark.parametrize("change", [-1, 1])
+    @pytest.mark.parametrize("size", [100, 1_000_000])
+    def test_sizeChanges(self, place, monkeypatch, size, change):
+        """A file that is not as long as it said is an error, not a damaged NAR."""
+        path = place + "/x"
+        trees.write(File(bytes(size)), os.fsencode(path))
+        fstat = os.fstat
+
+        def changing(fd):
+            status = fstat(fd)
+            os.truncate(path, size + change)
+            return status
+
+        monkeypatch.setattr(os, "fstat", changing)
+        with pytest.raises(StoreError, match=f"file '{path}' changed its size while it was being read"):
+            dump(path)
+
+    def test_replacedByLink(self, place, monkeypatch):
+        """A file that turns into a symbolic link is an error, not followed."""
+        trees.write({b"a": File(b"a")}, os.fsencode(place) + b"/x")
+        real = files._sortedEntries
+
+        def swapping(fd):
+            entries = real(fd)
+            os.unlink(place + "/x/a")
+            os.symlink("/etc/passwd", place + "/x/a")
+            return entries
+
+        monkeypatch.setattr(files, "_sortedEntries", swapping)
+        with pytest.raises(StoreError, match=f"cannot read '{place}/x/a'"):
+            dump(place + "/x")
+
+    def test_closes(self, place):
+        """Closing the generator early closes all descriptors."""
+        trees.write({b"a": {b"b": File(bytes(1_000_000))}}, os.fsencode(place) + b"/x")
+        before = openFiles()
+        chunks = dumpPath(place + "/x")
+        next(chunks)
+        assert openFiles() > before
+        chunks.close()
+        assert openFiles() == before
+
+    @pytest.mark.parametrize("name", TREES)
+    def test_hashPath(self, place, name):
+        """Hash and size are those of the NAR."""
+        trees.write(TREES[name], os.fsencode(place) + b"/x")
+        assert hashPath(place + "/x") == (hashBytes("sha256", trees.nar(name)), len(trees.nar(name)))
+
+
+class TestRestore:
+    """PathRestorer and restorePath"""
+
+    @pytest.mark.parametrize("size", [1, 100, 1 << 20])
+    @pytest.mark.parametrize("name", TREES)
+    def test_golden(self, place, name, size):
+        """Real Nix's NAR becomes its tree in canonical form, however it is cut."""
+        data = trees.nar(name)
+        before = openFiles()
+        result = restore(place + "/x", data, size)
+        assert result == (hashBytes("sha256", data), len(data))
+        assert openFiles() == before
+        assert trees.read(os.fsencode(place) + b"/x") == TREES[name]
+        assertCanonical(place + "/x")
+
+    @pytest.mark.parametrize("umask", [0, 0o22, 0o77, 0o777])
+    def test_umask(self, place, umask):
+        """The umask has no influence."""
+        old = os.umask(umask)
+        try:
+            restore(place + "/x", trees.nar("nested"))
+            restore(place + "/y", trees.nar("executable"))
+        finally:
+            os.umask(old)
+        assert trees.read(os.fsencode(place) + b"/x") == TREES["nested"]
+        assertCanonical(place + "/x")
+        assertCanonical(place + "/y")
+
+    @needsRoot
+    @pytest.mark.parametrize("umask", ["0o777", "0o300", "0o400"])
+    def test_umaskAgainstOurselves(self, umask):
+        """Nor has one that would lock an ordinary user out of his own directories; and he can delete them again."""
+        with tempfile.TemporaryDirectory() as home:
+            os.chmod(home, 0o777)
+            code = (
+                "import os, sys; from nixserve.store.files import *; os.setgid(65534); os.setuid(65534)\n"
+                f"os.umask({umask})\n"
+                f"restorePath({home + '/x'!r}, [sys.stdin.buffer.read()])\n"
+                f"sys.stdout.buffer.write(b''.join(dumpPath({home + '/x'!r})))\n"
+                f"os.mkdir({home + '/y'!r}); deletePath({home + '/x'!r}); deletePath({home + '/y'!r})\n"
+            )
+            data = trees.nar("nested")
+            done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, cwd=SOURCES)
+            assert (done.stderr, done.stdout) == (b"", data)
+            assert os.listdir(home) == []
+
+    def test_inheritedAcl(self, place):
+        """An access control list that the store hands down does not stay."""
+        # Version 2; user::rwx, user:65534:rwx, group::r-x, mask::rwx, other::r-x.
+        entries = [(1, 7, -1), (2, 7, 65534), (4, 5, -1), (16, 7, -1), (32, 5, -1)]
+        acl = (2).to_bytes(4, "little") + b"".join(
+            tag.to_bytes(2, "little") + bits.to_bytes(2, "little") + who.to_bytes(4, "little", signed=True)
+            for tag, bits, who in entries
+        ).replace((65534).to_bytes(4, "little", signed=True), (65534).to_bytes(4, "little"))
+        try:
+            os.setxattr(place, "system.posix_acl_default", acl)
+        except OSError:
+            pytest.skip("no access control lists here")
+        restore(place + "/x", trees.nar("nested"))
+        assertCanonical(place + "/x")
+        for path, _ in walk(place + "/x"):
+            assert os.listxattr(path, follow_symlinks=False) == []
+
+    @pytest.mark.parametrize("name", TREES)
+    def test_targetExists(self, place, name):
+        """Whatever lies at the target, nothing of it is touched."""
+        for existing in (File(b"old"), Link(os.fsencode(place) + b"/elsewhere"), Link(b"/etc"), {}):
+            trees.write(existing, os.fsencode(place) + b"/x")
+            before = openFiles()
+            with pytest.raises(StoreError, match=f"cannot write '{place}/x': File exists"):
+                restore(place + "/x", trees.nar(name))
+            assert openFiles() == before
+            assert trees.read(os.fsencode(place) + b"/x") == existing
+            assert os.listdir(place) == ["x"]
+            deletePath(place + "/x")
+
+    def test_noParent(self, place):
+        """The directory around the target must exist."""
+        with pytest.raises(StoreError, match=f"cannot write '{place}/a/x': No such file or directory"):
+            PathRestorer(place + "/a/x")
+
+    @pytest.mark.parametrize(
+        "hostile",
+        [
+            [Directory(b""), Symlink(b"a", b"../out"), Directory(b"a"), Regular(b"f", False, 1), Contents(b"!")],
+            [Directory(b""), Symlink(b"a", b"../out/f"), Regular(b"a", False, 1), Contents(b"!")],
+            [Directory(b""), Regular(b"../out/f", False, 1), Contents(b"!")],
+            [Directory(b""), Regular(b"/tmp/f", False, 1), Contents(b"!")],
+            [Directory(b""), Directory(b".."), Directory(b"out"), Regular(b"f", False, 1), Contents(b"!")],
+            [Directory(b""), Symlink(b"a", b"../out"), Regular(b"a/f", False, 1), Contents(b"!")],
+        ],
+    )
+    @pytest.mark.parametrize("size", [1, 1 << 20])
+    def test_nothingOutside(self, place, hostile, size):
+        """An archive that tries to write elsewhere is refused; nothing appears there."""
+        os.mkdir(place + "/out")
+        data = b"".join(encodeNar(hostile))
+        with pytest.raises(BadArchive):
+            restore(place + "/x", data, size)
+        assert os.listdir(place + "/out") == []
+        assert set(os.listdir(place)) <= {"out", "x"}
+
+    def test_existingIsNeverEntered(self, place):
+        """Even if a parser let a second entry of one name pass, nothing would be written through the first."""
+        os.mkdir(place + "/out")
+        trees.write(File(b"old"), os.fsencode(place) + b"/out/f")
+        for target, second in ((b"../out", Directory(b"a")), (b"../out/f", Regular(b"a", False, 1))):
+            restorer = PathRestorer(place + "/x")
+            with pytest.raises(FileExistsError):
+                restorer._apply([Directory(b""), Symlink(b"a", target), second, Contents(b"!")])
+            restorer.abort()
+            deletePath(place + "/x")
+        assert trees.read(os.fsencode(place) + b"/out") == {b"f": File(b"old")}
+
+    def test_linksAreNotFollowed(self, place):
+        """Legal links to elsewhere are created and left alone."""
+        trees.write({b"f": File(b"old")}, os.fsencode(place) + b"/out")
+        restore(place + "/x", encode({b"a": Link(b"../out"), b"b": Link(b"../out/f"), b"c": Link(b"/nowhere")}))
+        assert os.readlink(place + "/x/a") == "../out"
+        assert os.lstat(place + "/out/f").st_mtime_ns != 1_000_000_000
+        assert stat.S_IMODE(os.lstat(place + "/out/f").st_mode) == 0o644
+
+    @pytest.mark.parametrize("size", [1, 33, 1 << 20])
+    def test_truncated(self, place, size):
+        """An archive that ends too early fails in the end, with all closed and the debris still there."""
+        before = openFiles()
+        with pytest.raises(BadArchive, match="unexpected end"):
+            restore(place + "/x", trees.nar("nested")[:-20], size)
+        assert openFiles() == before
+        assert os.path.exists(place + "/x/a/b/c/d")
+
+    def test_surplus(self, place):
+        """More than the archive is an error, unless the caller takes it; neither is hashed nor counted."""
+        data = trees.nar("directory")
+        with pytest.raises(BadArchive, match="data after its end at offset 840"):
+            restore(place + "/x", data + b"more")
+        restorer = PathRestorer(place + "/y")
+        restorer.feed(data + b"mo")
+        assert restorer.finished
+        restorer.feed(b"re")
+        assert restorer.takeSurplus() == b"more"
+        restorer.finish()
+        assert (restorer.narHash, restorer.narSize) == (hashBytes("sha256", data), 840)
+
+    def test_maxSize(self, place):
+        """A NAR larger than announced is refused."""
+        data = encode(File(bytes(10_000)))
+        restorer = PathRestorer(place + "/x", maxSize=9000)
+        with pytest.raises(BadArchive, match="file too large"):
+            restorer.feed(data[:200])
+
+    def test_ended(self, place):
+        """After an error, the end or giving up nothing more is taken, and nothing is open."""
+        before = openFiles()
+        for end, error in (
+            (lambda restorer: restorer.abort(), None),
+            (lambda restorer: restorer.feed(bytes(100)), FormatError),
+            (lambda restorer: restorer.finish(), FormatError),
+        ):
+            restorer = PathRestorer(place + "/x")
+            restorer.feed(trees.nar("nested")[:600])
+            with pytest.raises(error) if error else nullcontext():
+                end(restorer)
+            assert openFiles() == before
+            restorer.abort()
+            with pytest.raises(StoreError, match="has ended already"):
+                restorer.finish()
+            with pytest.raises(StoreError, match="has ended already"):
+                restorer.feed(b"x")
+            deletePath(place + "/x")
+
+    def test_diskFull(self, place, monkeypatch):
+        """What the file system refuses is an error with the name of the file."""
+
+        def refuse(fd, data):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "write", refuse)
+        before = openFiles()
+        with pytest.raises(StoreError, match=f"cannot write '{place}/x/a/b/c/d': No space left on device"):
+            restore(place + "/x", trees.nar("nested"))
+        assert openFiles() == before
+
+    def test_shortWrites(self, place, monkeypatch):
+        """The kernel may take less than it is given."""
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:3000]))
+        tree = {b"a": File(os.urandom(100_000)), b"b": File(os.urandom(20_001))}
+        restore(place + "/x", encode(tree), 1 << 16)
+        monkeypatch.undo()
+        assert trees.read(os.fsencode(place) + b"/x") == tree
+
+
+LEVELS = 3000
+
+
+def deepNar(name=b"d" * 60):
+    """The NAR of a tree far deeper than the call stack, with files on the way back; paths far beyond C{PATH_MAX}."""
+    start = [Directory(b""), *([Directory(name)] * (LEVELS - 1))]
+    level = [Regular(b"z", False, 1), Contents(b"z"), EndDirectory()]
+    return b"".join(encodeNar([*start, *(level * LEVELS)]))
+
+
+class TestDeep:
+    """Deep trees, with few descriptors"""
+
+    def test_everything(self, place):
+        """Restored, dumped, canonicalised and deleted, with no more than a few dozen descriptors."""
+        data = deepNar()
+        with fewDescriptors(45):
+            before = openFiles()
+            assert restore(place + "/x", data, 1 << 16)[0] == hashBytes("sha256", data)
+            assert dump(place + "/x") == data
+            canonicalisePathMetaData(place + "/x")
+            assert dump(place + "/x") == data
+            assert deletePath(place + "/x") == LEVELS
+            assert openFiles() == before
+        assert os.listdir(place) == []
+
+    def test_movedAway(self, place):
+        """A directory that is moved while we are below it does not take us elsewhere."""
+        names = [f"d{level}" for level in range(60)]
+        os.makedirs(place + "/x/" + "/".join(names))
+        os.mkdir(place + "/elsewhere")
+        restorer = PathRestorer(place + "/y")
+        data = b"".join(encodeNar([Directory(b""), *(Directory(name.encode()) for name in names)]))
+        restorer.feed(data)
+        os.rename(place + "/y/" + "/".join(names[:20]), place + "/elsewhere/d19")
+        with pytest.raises(StoreError, match="was moved away"):
+            restorer.feed(encode({})[-16:] * 120)
+        assert os.listdir(place + "/elsewhere") == ["d19"]
+
+
+class TestCanonicalise:
+    """canonicalisePathMetaData"""
+
+    @pytest.mark.parametrize(
+        ("mode", "expected"),
+        [
+            (0o644, 0o444),
+            (0o755, 0o555),
+            (0o4777, 0o555),
+            (0o2644, 0o444),
+            (0o655, 0o444),
+            (0o500, 0o555),
+            (0o000, 0o444),
+            (0o444, 0o444),
+            (0o555, 0o555),
+        ],
+    )
+    def test_modes(self, place, mode, expected):
+        """Files keep the owner's execute bit and nothing else."""
+        path = place + "/x"
+        trees.write(File(b"x"), os.fsencode(path))
+        os.chmod(path, mode)
+        canonicalisePathMetaData(path)
+        assert stat.S_IMODE(os.lstat(path).st_mode) == expected
+        assertCanonical(path)
+
+    @pytest.mark.parametrize("name", TREES)
+    def test_trees(self, place, name):
+        """Everything in a tree becomes canonical; its NAR stays."""
+        path = place + "/x"
+        trees.write(TREES[name], os.fsencode(path))
+        canonicalisePathMetaData(path)
+        assertCanonical(path)
+        assert dump(path) == trees.nar(name)
+        canonicalisePathMetaData(path)
+        assertCanonical(path)
+
+    def test_directoryModes(self, place):
+        """A directory becomes 0555 whatever it was, and its sticky and set-id bits go."""
+        for number, mode in enumerate((0o777, 0o1777, 0o2755, 0o444, 0o700)):
+            path = f"{place}/{number}"
+            trees.write({b"a": File()}, os.fsencode(path))
+            os.chmod(path, mode)
+            canonicalisePathMetaData(path)
+            assertCanonical(path)
+
+    def test_linksAreNotFollowed(self, place):
+        """What a symbolic link points to stays as it is."""
+        trees.write({b"f": File(b"old")}, os.fsencode(place) + b"/out")
+        before = os.stat(place + "/out/f")
+        trees.write({b"a": Link(b"../out"), b"b": Link(b"../out/f")}, os.fsencode(place) + b"/x")
+        canonicalisePathMetaData(place + "/x")
+        assertCanonical(place + "/x")
+        assert os.stat(place + "/out/f") == before
+        os.symlink("out/f", place + "/link")
+        canonicalisePathMetaData(place + "/link")
+        assert os.stat(place + "/out/f") == before
+
+    def test_unsupportedType(self, place):
+        """A FIFO has no place in a store."""
+        os.mkdir(place + "/x")
+        os.mkfifo(place + "/x/fifo")
+        with pytest.raises(StoreError, match=f"file '{place}/x/fifo' has an unsupported type"):
+            canonicalisePathMetaData(place + "/x")
+
+    def test_xattrs(self, place):
+        """Extended attributes go."""
+        trees.write({b"f": File(b"x")}, os.fsencode(place) + b"/x")
+        try:
+            for path in (place + "/x", place + "/x/f"):
+                os.setxattr(path, "user.note" if os.geteuid() else "trusted.note", b"1")
+        except OSError:
+            pytest.skip("no extended attributes here")
+        canonicalisePathMetaData(place + "/x")
+        for path in (place + "/x", place + "/x/f"):
+            assert os.listxattr(path) == []
+
+    @needsRoot
+    def test_owner(self, place):
+        """Files of others become ours, links themselves and not what they point to."""
+        trees.write({b"f": File(b"x"), b"l": Link(b"../out"), b"d": {}}, os.fsencode(place) + b"/x")
+        trees.write(File(), os.fsencode(place) + b"/out")
+        for path, _ in [*walk(place + "/x"), (place + "/out", None)]:
+            os.lchown(path, 65534, 65534)
+        canonicalisePathMetaData(place + "/x")
+        assertCanonical(place + "/x")
+        assert os.stat(place + "/out").st_uid == 65534
+
+    @needsRoot
+    def test_builder(self, place):
+        """Of a build's output everything must be the builder's, or another link to what was."""
+        trees.write({b"f": File(b"x")}, os.fsencode(place) + b"/x")
+        for path, _ in walk(place + "/x"):
+            os.lchown(path, 65534, 65534)
+        os.link(place + "/x/f", place + "/x/g")
+        trees.write({}, os.fsencode(place) + b"/y")
+        os.lchown(place + "/y", 65534, 65534)
+        os.link(place + "/x/f", place + "/y/h")
+        seen = set()
+        canonicalisePathMetaData(place + "/x", range(65534, 65535), seen)
+        canonicalisePathMetaData(place + "/y", range(65534, 65535), seen)
+        assertCanonical(place + "/x")
+        assertCanonical(place + "/y")
+
+    @needsRoot
+    @pytest.mark.parametrize("mine", [File(b"secret"), {}, Link(b"x")])
+    def test_invalidOwnership(self, place, mine):
+        """A link to somebody else's file is refused and not touched."""
+        trees.write({b"f": mine}, os.fsencode(place) + b"/x")
+        os.lchown(place + "/x", 65534, 65534)
+        before = os.lstat(place + "/x/f")
+        with pytest.raises(StoreError, match=f"invalid ownership on file '{place}/x/f'"):
+            canonicalisePathMetaData(place + "/x", range(65534, 65535))
+        assert os.lstat(place + "/x/f") == before
+
+
+class TestDelete:
+    """deletePath"""
+
+    @pytest.mark.parametrize("name", TREES)
+    def test_trees(self, place, name):
+        """All goes, and is counted."""
+        path = place + "/x"
+        restore(path, trees.nar(name))
+        size = sum(status.st_size for _, status in walk(path) if not stat.S_ISDIR(status.st_mode))
+        assert deletePath(path) == size
+        assert os.listdir(place) == []
+
+    def test_missing(self, place):
+        """What is not there frees nothing."""
+        assert deletePath(place + "/x") == 0
+        assert deletePath(place + "/x/y") == 0
+
+    def test_countsLinks(self, place):
+        """A file with a second link counts, one with more does not."""
+        os.mkdir(place + "/x")
+        for name, links, size in (("a", 0, 1), ("b", 1, 10), ("c", 2, 100)):
+            trees.write(File(bytes(size)), os.fsencode(f"{place}/x/{name}"))
+            for number in range(links):
+                os.link(f"{place}/x/{name}", f"{place}/{name}{number}")
+        assert deletePath(place + "/x") == 11
+
+    def test_linksAreNotFollowed(self, place):
+        """Only the link goes."""
+        trees.write({b"f": File(b"old")}, os.fsencode(place) + b"/out")
+        trees.write({b"a": Link(b"../out")}, os.fsencode(place) + b"/x")
+        os.symlink("out", place + "/link")
+        deletePath(place + "/x")
+        deletePath(place + "/link")
+        assert trees.read(os.fsencode(place) + b"/out") == {b"f": File(b"old")}
+        assert os.listdir(place) == ["out"]
+
+    def test_anyType(self, place):
+        """FIFOs and sockets go as well."""
+        os.mkdir(place + "/x")
+        os.mkfifo(place + "/x/fifo")
+        deletePath(place + "/x")
+        assert os.listdir(place) == []
+
+    def test_vanishing(self, place, monkeypatch):
+        """What somebody else deletes meanwhile is fine."""
+        trees.write({b"a": File(b"x"), b"b": {b"c": File(b"x")}}, os.fsencode(place) + b"/x")
+        listdir = os.listdir
+        monkeypatch.setattr(os, "listdir", lambda fd: [*listdir(fd), "ghost"])
+        assert deletePath(place + "/x") == 2
+        monkeypatch.undo()
+        assert os.listdir(place) == []
+
+    def test_failure(self, place, monkeypatch):
+        """What cannot be deleted is an error with its name."""
+        trees.write({b"a": File(b"x")}, os.fsencode(place) + b"/x")
+
+        def refuse(name, dir_fd):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "unlink", refuse)
+        with pytest.raises(StoreError, match=f"cannot delete '{place}/x/a': Operation not permitted"):
+            deletePath(place + "/x")
+
+
+names = st.binary(min_size=1, max_size=12).filter(
+    lambda name: b"/" not in name and b"\0" not in name and name not in (b".", b"..")
+)
+targets = st.binary(min_size=1, max_size=20).filter(lambda target: b"\0" not in target)
+leaves = st.one_of(st.builds(File, st.binary(max_size=100), st.booleans()), st.builds(Link, targets))
+anyTree = st.recursive(leaves, lambda children: st.dictionaries(names, children, max_size=5), max_leaves=15)
+
+
+@settings(deadline=None)
+@given(anyTree, st.integers(1, 2000))
+def test_roundTrip(tree, size):
+    """Any tree comes back from its NAR, and its NAR from the tree, in canonical form."""
+    data = encode(tree)
+    with tempfile.TemporaryDirectory() as place:
+        assert restore(place + "/x", data, size) == (hashBytes("sha256", data), len(data))
+        assert trees.read(os.fsencode(place) + b"/x") == tree
+        assertCanonical(place + "/x")
+        assert dump(place + "/x") == data
+        deletePath(place + "/x")
+        assert os.listdir(place) == []
+
+
+@pytest.mark.interop
+@needsNix
+@settings(deadline=None, max_examples=15)
+@given(anyTree)
+def test_sameAsNix(tree):
+    """Real Nix dumps the same bytes, and restores the same tree from ours."""
+    with tempfile.TemporaryDirectory() as place:
+        trees.write(tree, os.fsencode(place) + b"/x")
+        data = dump(place + "/x")
+        assert subprocess.run(["nix-store", "--dump", place + "/x"], capture_output=True, check=True).stdout == data
+        subprocess.run(["nix-store", "--restore", place + "/y"], input=data, check=True)
+        assert trees.read(os.fsencode(place) + b"/y") == tree
+        assert hashPath(place + "/y") == hashPath(place + "/x")
+
+
+@pytest.mark.interop
+@needsNix
+def test_canonicalAsNix(tmp_path):
+    """What we restore has the metadata that real Nix gives to what it adds to a store."""
+    tree = TREES["nested"] | {b"x": File(b"x", True), b"y": File(b"y")}
+    trees.write(tree, os.fsencode(tmp_path) + b"/tree")
+    root = f"{tmp_path}/root"
+    added = subprocess.run(
+        ["nix-store", "--store", root, "--add", f"{tmp_path}/tree"], capture_output=True, check=True, text=True
+    )
+    path = root + added.stdout.strip()
+    restore(f"{tmp_path}/ours", dump(path))
+    theirs = {name[len(path) :]: status for name, status in walk(path)}
+    ours = {name[len(f"{tmp_path}/ours") :]: status for name, status in walk(f"{tmp_path}/ours")}
+    assert theirs.keys() == ours.keys()
+    for name, status in theirs.items():
+        assert (status.st_mode, status.st_mtime_ns) == (ours[name].st_mode, ours[name].st_mtime_ns), name
+    assert hashlib.sha256(dump(path)).digest() == hashPath(f"{tmp_path}/ours")[0].digest
+    deletePath(root)
