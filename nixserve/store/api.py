@@ -1,0 +1,189 @@
+"""
+The contract of a store, as the protocol layer uses it and as every implementation is tested against
+(L{nixserve.testing}).
+
+A L{Store} is opened once and gives out L{StoreSession}s. A session stands for one peer: it owns the temporary
+GC roots, path locks and half-written objects of that peer, and closing it frees them whatever state they are in.
+
+Nothing here waits for a lock that somebody else may hold for long. What would have to wait raises L{Busy}; the
+caller comes back later with the same arguments, from wherever it can wait without holding a thread.
+
+Threads: any method may be called from any thread; calls on one session (and what it gave out) must not overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Protocol
+
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.errors import StoreError
+
+__all__ = ["Busy", "ImportWriter", "InvalidPath", "PathWriter", "Store", "StoreSession"]
+
+
+class Busy(StoreError):
+    """
+    A lock is held by somebody else. Nothing is wrong: call again with the same arguments.
+
+    @ivar what: what is being waited for, as the end of a sentence: C{"the lock on '/nix/store/…'"}.
+    @ivar retryAfter: seconds after which another try makes sense.
+    """
+
+    def __init__(self, what: str, retryAfter: float = 0.02) -> None:
+        self.what = what
+        self.retryAfter = retryAfter
+        super().__init__(f"waiting for {what}")
+
+
+class InvalidPath(StoreError):
+    """
+    A path is not valid: the store has no object registered under it.
+
+    @ivar path: the path.
+    """
+
+    def __init__(self, path: StorePath) -> None:
+        self.path = path
+        super().__init__(f"path '{path}' is not valid")
+
+
+class PathWriter(Protocol):
+    """
+    One object on its way into the store: fed the bytes of its NAR, then finished or aborted, exactly once.
+
+    @ivar alreadyValid: the path was valid already. The NAR must still be fed, since it is on the wire; it is
+        counted and dropped without any other check, as real Nix does.
+    """
+
+    alreadyValid: bool
+
+    def feed(self, data: bytes) -> None:
+        """
+        Take the next bytes of the NAR, cut anywhere. What can be written is written before this returns.
+
+        @raise nixserve.errors.FormatError: this is no NAR.
+        @raise StoreError: more bytes than C{narSize}, or the file system refuses.
+        """
+
+    def finish(self) -> None:
+        """
+        The NAR is complete: check size, hash and content address, register, unlock.
+
+        @raise Busy: others are writing to the database; call again.
+        @raise StoreError: something does not match, or a reference is not valid; nothing is registered.
+        """
+
+    def abort(self) -> None:
+        """
+        Give up. Safe at any time, also twice and after a failed C{feed} or C{finish}; leaves no more than a
+        crash of real Nix would.
+        """
+
+
+class ImportWriter(Protocol):
+    """
+    One object of an export stream on its way in. Its path is known only after its NAR.
+    """
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the NAR, as L{PathWriter.feed}."""
+
+    def finish(self, path: StorePath, references: Collection[StorePath], deriver: StorePath | None) -> None:
+        """
+        The NAR is complete and this is what it is. An already valid path is dropped without comparing.
+
+        @raise Busy: call again with the same arguments.
+        @raise StoreError: a reference is not valid, or the NAR is incomplete; nothing is registered.
+        """
+
+    def abort(self) -> None:
+        """Give up, as L{PathWriter.abort}."""
+
+
+class StoreSession(Protocol):
+    """
+    One peer's use of a store.
+
+    @ivar storeDir: the logical store directory.
+    """
+
+    @property
+    def storeDir(self) -> StoreDir: ...
+
+    def addTempRoots(self, paths: Collection[StorePath]) -> None:
+        """
+        Make each path, valid or not, a root of the garbage collector until this session closes. When this
+        returns, a path that a later query finds valid stays valid, whatever collector runs.
+
+        @raise Busy: a collector is at work; call again with the same paths.
+        @raise StoreError: the store is opened read-only.
+        """
+
+    def queryValidPaths(self, paths: Collection[StorePath]) -> set[StorePath]:
+        """The valid ones among C{paths}."""
+
+    def queryPathInfos(self, paths: Collection[StorePath]) -> dict[StorePath, ValidPathInfo]:
+        """What is registered about each of C{paths}; those that are not valid are left out."""
+
+    def queryClosure(self, paths: Collection[StorePath], includeOutputs: bool = False) -> set[StorePath]:
+        """
+        The paths and everything they refer to; with C{includeOutputs}, for every derivation among them also
+        its valid outputs and their closures.
+
+        @raise InvalidPath: one of C{paths} is not valid.
+        """
+
+    def narFromPath(self, path: StorePath) -> Iterator[bytes]:
+        """
+        The NAR of a valid path in chunks of at most 256 KiB. Nothing is checked against the recorded hash.
+
+        @raise InvalidPath: at once, not when the first chunk is asked for.
+        """
+
+    def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
+        """
+        An export stream of exactly these paths, references first, byte for byte as C{nix-store --export}
+        writes it, in chunks of at most 256 KiB. Each NAR is checked against the recorded hash as it passes;
+        the iterator raises L{StoreError} at its end if it differs.
+
+        @raise InvalidPath: at once.
+        """
+
+    def addToStore(self, info: ValidPathInfo) -> PathWriter:
+        """
+        Begin to add an object: temporary root, lock, leftovers removed.
+
+        @raise Busy: a collector is at work, or somebody else is adding this path; call again.
+        @raise StoreError: the path is of another store directory, its size is unknown, or the content address
+            does not give it.
+        @raise nixserve.errors.FormatError: a signature is malformed.
+        """
+
+    def importPath(self) -> ImportWriter:
+        """
+        Begin to add the next object of an export stream.
+
+        @raise Busy: a collector is at work; call again.
+        """
+
+    def close(self) -> None:
+        """Free everything the session holds: aborts what is unfinished. Safe to call twice."""
+
+
+class Store(Protocol):
+    """
+    A store.
+
+    @ivar storeDir: the logical store directory.
+    """
+
+    @property
+    def storeDir(self) -> StoreDir: ...
+
+    def openSession(self) -> StoreSession:
+        """A new session, with roots of its own."""
+
+    def close(self) -> None:
+        """Close every session and let go of the store. Safe to call twice."""
