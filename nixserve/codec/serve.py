@@ -1,0 +1,721 @@
+"""
+The messages of the serve protocol: commands, versions, requests, replies, and their encodings.
+
+Everything that differs by protocol version is decided here, by comparing versions. Order of fields, numbers and
+leniencies are those of Nix 2.8 to 2.36 (src/libstore/serve-protocol*.cc, src/nix-store/nix-store.cc:opServe),
+seen in captures of the real programs.
+
+Readers are generators over a L{Reader}; each stands beside its writer. Store paths are parsed against the
+store directory, so a request for a foreign store fails here.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation
+from nixserve.codec.contentaddress import ContentAddress
+from nixserve.codec.derivation import BasicDerivation, DerivationOutput
+from nixserve.codec.hashes import Hash
+from nixserve.codec.pathinfo import Signature, ValidPathInfo
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.codec.text import encodeText
+from nixserve.codec.wire import Parse, Reader, Writer, asText
+from nixserve.errors import FormatError
+
+__all__ = [
+    "CLIENT_MAGIC",
+    "EXPORT_MAGIC",
+    "SERVER_MAGIC",
+    "SERVE_VERSION",
+    "AddToStoreNar",
+    "BuildDerivation",
+    "BuildOptions",
+    "BuildPaths",
+    "BuildPathsResult",
+    "Command",
+    "DumpStorePath",
+    "ExportPaths",
+    "ImportPaths",
+    "QueryClosure",
+    "QueryPathInfos",
+    "QueryValidPaths",
+    "Request",
+    "readCommand",
+    "readReply",
+    "readRequest",
+    "writeReply",
+    "writeRequest",
+]
+
+T = TypeVar("T")
+
+CLIENT_MAGIC = 0x390C9DEB
+SERVER_MAGIC = 0x5452EECB
+EXPORT_MAGIC = 0x4558494E
+"""Between the NAR and the facts of each object of an export stream."""
+
+SERVE_VERSION = 0x208
+"""What we announce: 2.8. A version is C{major << 8 | minor}; the lower of both sides' is spoken."""
+
+MAX_PATH_SIZE = 4096
+"""A store path: the kernel's limit for any path."""
+
+# What each minor version brought.
+_BUILD_LOG_LIMIT = 2
+_BUILD_TIMES = 3
+_PATH_INFO_HASHES = 4
+_BUILT_OUTPUTS = 6
+_KEEP_FAILED = 7
+_BINARY_BUILT_OUTPUTS = 8
+
+
+def minorOf(version: int) -> int:
+    """The minor part. The major part is never checked on requests, as Nix does."""
+    return version & 0xFF
+
+
+class Command(enum.IntEnum):
+    """The commands. The numbers travel."""
+
+    QUERY_VALID_PATHS = 1
+    QUERY_PATH_INFOS = 2
+    DUMP_STORE_PATH = 3
+    IMPORT_PATHS = 4
+    EXPORT_PATHS = 5
+    BUILD_PATHS = 6
+    QUERY_CLOSURE = 7
+    BUILD_DERIVATION = 8
+    ADD_TO_STORE_NAR = 9
+
+    def __init__(self, number: int) -> None:
+        first, *others = self.name.lower().split("_")
+        self.camelName = first + "".join(map(str.capitalize, others))
+        """The name as Nix writes it and as methods are called: C{queryValidPaths}."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """
+    How to build.
+
+    @ivar maxSilentTime: seconds without output after which the build is killed, 0 for none.
+    @ivar buildTimeout: seconds, 0 for none.
+    @ivar maxLogSize: bytes, 0 for none.
+    @ivar nrRepeats: obsolete, must be 0 for servers from Nix 2.13 on.
+    """
+
+    maxSilentTime: int = 0
+    buildTimeout: int = 0
+    maxLogSize: int = 0
+    nrRepeats: int = 0
+    enforceDeterminism: bool = False
+    keepFailed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QueryValidPaths:
+    """
+    Which of these paths are valid?
+
+    @ivar lock: keep them from the garbage collector until the connection ends.
+    @ivar substitute: try to fetch the missing ones from the server's substituters first.
+    """
+
+    command: ClassVar[Command] = Command.QUERY_VALID_PATHS
+    paths: frozenset[StorePath]
+    lock: bool = False
+    substitute: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QueryPathInfos:
+    """What is registered about these paths?"""
+
+    command: ClassVar[Command] = Command.QUERY_PATH_INFOS
+    paths: frozenset[StorePath]
+
+
+@dataclass(frozen=True, slots=True)
+class DumpStorePath:
+    """Send the NAR of a path."""
+
+    command: ClassVar[Command] = Command.DUMP_STORE_PATH
+    path: StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class ImportPaths:
+    """An export stream follows."""
+
+    command: ClassVar[Command] = Command.IMPORT_PATHS
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPaths:
+    """
+    Send an export stream of these paths.
+
+    @ivar sign: obsolete and ignored.
+    """
+
+    command: ClassVar[Command] = Command.EXPORT_PATHS
+    paths: tuple[StorePath, ...]
+    sign: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPaths:
+    """
+    Build derivations that are in the store.
+
+    @ivar targets: as they travel: a path, or C{path.drv!out,dev}.
+    """
+
+    command: ClassVar[Command] = Command.BUILD_PATHS
+    targets: tuple[str, ...]
+    options: BuildOptions = BuildOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class QueryClosure:
+    """What do these paths refer to, all in all?"""
+
+    command: ClassVar[Command] = Command.QUERY_CLOSURE
+    paths: frozenset[StorePath]
+    includeOutputs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BuildDerivation:
+    """Build a derivation that comes with the request."""
+
+    command: ClassVar[Command] = Command.BUILD_DERIVATION
+    drvPath: StorePath
+    drv: BasicDerivation
+    options: BuildOptions = BuildOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class AddToStoreNar:
+    """A NAR of C{info.narSize} bytes follows: add it."""
+
+    command: ClassVar[Command] = Command.ADD_TO_STORE_NAR
+    info: ValidPathInfo
+
+
+Request = (
+    QueryValidPaths
+    | QueryPathInfos
+    | DumpStorePath
+    | ImportPaths
+    | ExportPaths
+    | BuildPaths
+    | QueryClosure
+    | BuildDerivation
+    | AddToStoreNar
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPathsResult:
+    """
+    What came of BuildPaths.
+
+    @ivar status: 0 for success, else what C{nix-store -r} would have exited with.
+    @ivar errorMsg: empty on success.
+    """
+
+    status: int = 0
+    errorMsg: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportItem:
+    """What follows each NAR of an export stream."""
+
+    path: StorePath
+    references: frozenset[StorePath]
+    deriver: StorePath | None
+
+
+# --- paths ------------------------------------------------------------------------------------------------
+
+
+def readPath(reader: Reader, storeDir: StoreDir) -> Parse[StorePath]:
+    """A store path."""
+    return storeDir.parse((yield from reader.text(MAX_PATH_SIZE)))
+
+
+def readOptionalPath(reader: Reader, storeDir: StoreDir) -> Parse[StorePath | None]:
+    """A store path, or the empty string for none."""
+    text = yield from reader.text(MAX_PATH_SIZE)
+    return storeDir.parse(text) if text else None
+
+
+def readPathList(reader: Reader, storeDir: StoreDir) -> Parse[list[StorePath]]:
+    """Store paths, in order."""
+    return storeDir.parseMany((yield from reader.strings(MAX_PATH_SIZE)))
+
+
+def readPathSet(reader: Reader, storeDir: StoreDir) -> Parse[frozenset[StorePath]]:
+    """Store paths; any order and repetition is accepted."""
+    return frozenset((yield from readPathList(reader, storeDir)))
+
+
+# --- requests ---------------------------------------------------------------------------------------------
+
+
+def readCommand(reader: Reader) -> Parse[Command]:
+    """The number that begins a request."""
+    number = yield from reader.u32()
+    try:
+        return Command(number)
+    except ValueError:
+        raise FormatError(f"unknown serve command {number}") from None
+
+
+def readRequest(reader: Reader, command: Command, version: int, storeDir: StoreDir) -> Parse[Request]:
+    """What follows the number of the command, except NARs."""
+    request: Request = yield from _REQUESTS[command].read(reader, version, storeDir)
+    return request
+
+
+def writeRequest(request: Request, version: int) -> bytes:
+    """A whole request, except NARs."""
+    writer = Writer().u64(request.command)
+    _REQUESTS[request.command].write(writer, request, version)
+    return bytes(writer)
+
+
+def dependsOnVersion(request: Request) -> bool:
+    """Must the version be known before this request can be written?"""
+    return isinstance(request, BuildPaths | BuildDerivation)
+
+
+def _readQueryValidPaths(reader: Reader, version: int, storeDir: StoreDir) -> Parse[QueryValidPaths]:
+    lock = yield from reader.boolean()
+    substitute = yield from reader.boolean()
+    return QueryValidPaths((yield from readPathSet(reader, storeDir)), lock, substitute)
+
+
+def _writeQueryValidPaths(writer: Writer, request: QueryValidPaths, version: int) -> None:
+    writer.u64(request.lock).u64(request.substitute).textSet(request.paths)
+
+
+def _readQueryPathInfos(reader: Reader, version: int, storeDir: StoreDir) -> Parse[QueryPathInfos]:
+    return QueryPathInfos((yield from readPathSet(reader, storeDir)))
+
+
+def _writeQueryPathInfos(writer: Writer, request: QueryPathInfos, version: int) -> None:
+    writer.textSet(request.paths)
+
+
+def _readDumpStorePath(reader: Reader, version: int, storeDir: StoreDir) -> Parse[DumpStorePath]:
+    return DumpStorePath((yield from readPath(reader, storeDir)))
+
+
+def _writeDumpStorePath(writer: Writer, request: DumpStorePath, version: int) -> None:
+    writer.text(request.path)
+
+
+def _readImportPaths(reader: Reader, version: int, storeDir: StoreDir) -> Parse[ImportPaths]:
+    yield from ()
+    return ImportPaths()
+
+
+def _writeImportPaths(writer: Writer, request: ImportPaths, version: int) -> None:
+    pass
+
+
+def _readExportPaths(reader: Reader, version: int, storeDir: StoreDir) -> Parse[ExportPaths]:
+    sign = yield from reader.boolean()
+    return ExportPaths(tuple((yield from readPathList(reader, storeDir))), sign)
+
+
+def _writeExportPaths(writer: Writer, request: ExportPaths, version: int) -> None:
+    writer.u64(request.sign).strings(request.paths)
+
+
+def _readBuildPaths(reader: Reader, version: int, storeDir: StoreDir) -> Parse[BuildPaths]:
+    targets = yield from reader.strings(MAX_PATH_SIZE)
+    return BuildPaths(tuple(targets), (yield from _readBuildOptions(reader, version)))
+
+
+def _writeBuildPaths(writer: Writer, request: BuildPaths, version: int) -> None:
+    writer.strings(request.targets)
+    _writeBuildOptions(writer, request.options, version)
+
+
+def _readQueryClosure(reader: Reader, version: int, storeDir: StoreDir) -> Parse[QueryClosure]:
+    includeOutputs = yield from reader.boolean()
+    return QueryClosure((yield from readPathSet(reader, storeDir)), includeOutputs)
+
+
+def _writeQueryClosure(writer: Writer, request: QueryClosure, version: int) -> None:
+    writer.u64(request.includeOutputs).textSet(request.paths)
+
+
+def _readBuildDerivation(reader: Reader, version: int, storeDir: StoreDir) -> Parse[BuildDerivation]:
+    drvPath = yield from readPath(reader, storeDir)
+    if not drvPath.isDerivation:
+        raise FormatError(f"path '{drvPath}' is not a valid derivation path: it does not end in '.drv'")
+    drv = yield from _readBasicDerivation(reader, storeDir, drvPath.name.removesuffix(".drv"))
+    return BuildDerivation(drvPath, drv, (yield from _readBuildOptions(reader, version)))
+
+
+def _writeBuildDerivation(writer: Writer, request: BuildDerivation, version: int) -> None:
+    writer.text(request.drvPath)
+    _writeBasicDerivation(writer, request.drv)
+    _writeBuildOptions(writer, request.options, version)
+
+
+def _readAddToStoreNar(reader: Reader, version: int, storeDir: StoreDir) -> Parse[AddToStoreNar]:
+    path = yield from readPath(reader, storeDir)
+    deriver = yield from readOptionalPath(reader, storeDir)
+    # Nix sends bare hex; servers take every form, bare or with the algorithm.
+    narHash = Hash.parse((yield from reader.text(MAX_PATH_SIZE)), "sha256")
+    references = yield from readPathSet(reader, storeDir)
+    registrationTime = yield from reader.u64()
+    narSize = yield from reader.u64()
+    ultimate = yield from reader.boolean()
+    sigs = yield from _readSignatures(reader)
+    ca = yield from _readOptionalCA(reader)
+    if not narSize:
+        raise FormatError(f"cannot add '{path}': narInfo is too old and missing the narSize field")
+    # SQLite and time_t hold 63 bits.
+    if narSize >> 63 or registrationTime >> 63:
+        raise FormatError(f"cannot add '{path}': narSize or registrationTime is out of range")
+    return AddToStoreNar(
+        ValidPathInfo(
+            path=path,
+            narHash=narHash,
+            narSize=narSize,
+            references=references,
+            deriver=deriver,
+            registrationTime=registrationTime,
+            ultimate=ultimate,
+            sigs=sigs,
+            ca=ca,
+        )
+    )
+
+
+def _writeAddToStoreNar(writer: Writer, request: AddToStoreNar, version: int) -> None:
+    info = request.info
+    writer.text(info.path).text(info.deriver or "").text(info.narHash.hex).textSet(info.references)
+    writer.u64(info.registrationTime).u64(info.narSize).u64(info.ultimate).textSet(info.sigs)
+    writer.text(str(info.ca) if info.ca else "")
+
+
+def _readSignatures(reader: Reader) -> Parse[frozenset[str]]:
+    """Signatures. Nix up to 2.26 stores what it gets; a malformed one then breaks every query of Nix 2.34."""
+    sigs = yield from reader.strings()
+    for sig in sigs:
+        Signature.parse(sig)
+    return frozenset(sigs)
+
+
+def _readOptionalCA(reader: Reader) -> Parse[ContentAddress | None]:
+    text = yield from reader.text(MAX_PATH_SIZE)
+    return ContentAddress.parse(text) if text else None
+
+
+def _readBuildOptions(reader: Reader, version: int) -> Parse[BuildOptions]:
+    minor = minorOf(version)
+    maxSilentTime = yield from reader.u32()
+    buildTimeout = yield from reader.u32()
+    maxLogSize = nrRepeats = 0
+    enforceDeterminism = keepFailed = False
+    if minor >= _BUILD_LOG_LIMIT:
+        maxLogSize = yield from reader.u64()
+    if minor >= _BUILD_TIMES:
+        nrRepeats = yield from reader.u32()
+        enforceDeterminism = yield from reader.boolean()
+    if minor >= _KEEP_FAILED:
+        keepFailed = yield from reader.boolean()
+    return BuildOptions(maxSilentTime, buildTimeout, maxLogSize, nrRepeats, enforceDeterminism, keepFailed)
+
+
+def _writeBuildOptions(writer: Writer, options: BuildOptions, version: int) -> None:
+    minor = minorOf(version)
+    writer.u64(options.maxSilentTime).u64(options.buildTimeout)
+    if minor >= _BUILD_LOG_LIMIT:
+        writer.u64(options.maxLogSize)
+    if minor >= _BUILD_TIMES:
+        writer.u64(options.nrRepeats).u64(options.enforceDeterminism)
+    if minor >= _KEEP_FAILED:
+        writer.u64(options.keepFailed)
+
+
+def _readBasicDerivation(reader: Reader, storeDir: StoreDir, name: str) -> Parse[BasicDerivation]:
+    outputs = yield from reader.pairs(reader.text, lambda: _readDerivationOutput(reader, storeDir))
+    inputSrcs = yield from readPathSet(reader, storeDir)
+    platform = yield from reader.text()
+    builder = yield from reader.text()
+    args = yield from reader.strings()
+    env = yield from reader.pairs(reader.text, reader.text)
+    return BasicDerivation(
+        name=name,
+        outputs=outputs,
+        inputSrcs=inputSrcs,
+        platform=platform,
+        builder=builder,
+        args=tuple(args),
+        env=env,
+    )
+
+
+def _writeBasicDerivation(writer: Writer, drv: BasicDerivation) -> None:
+    writer.u64(len(drv.outputs))
+    for name, output in _bytewise(drv.outputs):
+        writer.text(name).text(output.path or "").text(output.hashAlgo).text(output.hash)
+    writer.textSet(drv.inputSrcs).text(drv.platform).text(drv.builder).strings(drv.args)
+    writer.u64(len(drv.env))
+    for key, value in _bytewise(drv.env):
+        writer.text(key).text(value)
+
+
+def _bytewise(mapping: Mapping[str, T]) -> list[tuple[str, T]]:
+    """The order of maps on the wire."""
+    return sorted(mapping.items(), key=lambda pair: encodeText(pair[0]))
+
+
+def _readDerivationOutput(reader: Reader, storeDir: StoreDir) -> Parse[DerivationOutput]:
+    path = yield from readOptionalPath(reader, storeDir)
+    hashAlgo = yield from reader.text(MAX_PATH_SIZE)
+    hashText = yield from reader.text(MAX_PATH_SIZE)
+    if hashText and hashText != "impure":
+        # Hex, nix32 and base64 travel, without the algorithm; derivations hold hex.
+        hashText = Hash.parse(hashText, hashAlgo.rpartition(":")[2]).hex
+    return DerivationOutput(path, hashAlgo, hashText)
+
+
+# --- replies ----------------------------------------------------------------------------------------------
+
+
+def readReply(reader: Reader, command: Command, version: int, storeDir: StoreDir) -> Parse[Any]:
+    """
+    The reply to a command, except those that are NARs or export streams. Its type by command:
+
+      - QUERY_VALID_PATHS, QUERY_CLOSURE: C{frozenset} of L{StorePath}
+      - QUERY_PATH_INFOS: C{dict} of L{StorePath} to L{ValidPathInfo}
+      - IMPORT_PATHS, ADD_TO_STORE_NAR: C{None}
+      - BUILD_PATHS: L{BuildPathsResult}
+      - BUILD_DERIVATION: L{BuildResult}
+    """
+    return (yield from _REPLIES[command].read(reader, version, storeDir))
+
+
+def writeReply(command: Command, value: Any, version: int) -> bytes:
+    """The reply to a command: L{readReply} says what C{value} is; path infos are written in sorted order."""
+    writer = Writer()
+    _REPLIES[command].write(writer, value, version)
+    return bytes(writer)
+
+
+def _readPathSetReply(reader: Reader, version: int, storeDir: StoreDir) -> Parse[frozenset[StorePath]]:
+    return (yield from readPathSet(reader, storeDir))
+
+
+def _writePathSetReply(writer: Writer, paths: Collection[StorePath], version: int) -> None:
+    writer.textSet(paths)
+
+
+def _readPathInfos(reader: Reader, version: int, storeDir: StoreDir) -> Parse[dict[StorePath, ValidPathInfo]]:
+    infos: dict[StorePath, ValidPathInfo] = {}
+    while text := (yield from reader.text(MAX_PATH_SIZE)):
+        path = storeDir.parse(text)
+        infos[path] = yield from _readPathInfo(reader, version, storeDir, path)
+    return infos
+
+
+def _readPathInfo(reader: Reader, version: int, storeDir: StoreDir, path: StorePath) -> Parse[ValidPathInfo]:
+    deriver = yield from readOptionalPath(reader, storeDir)
+    references = yield from readPathSet(reader, storeDir)
+    yield from reader.u64()  # the size of the download, which nobody fills in
+    narSize = yield from reader.u64()
+    if minorOf(version) < _PATH_INFO_HASHES:
+        # Peers that old say nothing about hashes. Nothing can be checked against such an info.
+        return ValidPathInfo(path=path, narHash=UNKNOWN_HASH, narSize=narSize, references=references, deriver=deriver)
+    narHash = Hash.parse((yield from reader.text(MAX_PATH_SIZE)))
+    ca = yield from _readOptionalCA(reader)
+    sigs = frozenset((yield from reader.strings()))
+    return ValidPathInfo(
+        path=path, narHash=narHash, narSize=narSize, references=references, deriver=deriver, sigs=sigs, ca=ca
+    )
+
+
+UNKNOWN_HASH = Hash("sha256", bytes(32))
+"""In path infos from peers below 2.4."""
+
+
+def _writePathInfos(writer: Writer, infos: Mapping[StorePath, ValidPathInfo], version: int) -> None:
+    for _path, info in sorted(infos.items()):
+        writer.text(info.path).text(info.deriver or "").textSet(info.references)
+        writer.u64(info.narSize).u64(info.narSize)
+        if minorOf(version) >= _PATH_INFO_HASHES:
+            writer.text(str(info.narHash)).text(str(info.ca) if info.ca else "").textSet(info.sigs)
+    writer.text("")
+
+
+def _readDone(reader: Reader, version: int, storeDir: StoreDir) -> Parse[None]:
+    value = yield from reader.u64()
+    if value != 1:
+        raise FormatError("the remote did not add the path", expected="1", found=f"{value}{asText(value)}")
+
+
+def _writeDone(writer: Writer, value: None, version: int) -> None:
+    writer.u64(1)
+
+
+def _readBuildPathsResult(reader: Reader, version: int, storeDir: StoreDir) -> Parse[BuildPathsResult]:
+    status = yield from reader.u64()
+    return BuildPathsResult(status, (yield from reader.text()) if status else "")
+
+
+def _writeBuildPathsResult(writer: Writer, result: BuildPathsResult, version: int) -> None:
+    writer.u64(result.status)
+    if result.status:
+        writer.text(result.errorMsg)
+
+
+def _readBuildResult(reader: Reader, version: int, storeDir: StoreDir) -> Parse[BuildResult]:
+    minor = minorOf(version)
+    number = yield from reader.u64()
+    status = BuildStatus(number) if number <= max(BuildStatus) else number
+    errorMsg = yield from reader.text()
+    timesBuilt = startTime = stopTime = 0
+    isNonDeterministic = False
+    builtOutputs: dict[str, Realisation] = {}
+    if minor >= _BUILD_TIMES:
+        timesBuilt = yield from reader.u64()
+        isNonDeterministic = yield from reader.boolean()
+        startTime = yield from reader.u64()
+        stopTime = yield from reader.u64()
+    if minor >= _BINARY_BUILT_OUTPUTS:
+        builtOutputs = yield from reader.pairs(reader.text, lambda: _readRealisation(reader, storeDir))
+    elif minor >= _BUILT_OUTPUTS:
+        realisations = yield from reader.pairs(reader.text, reader.text)
+        builtOutputs = dict(_parseRealisation(key, text, storeDir) for key, text in realisations.items())
+    return BuildResult(status, errorMsg, timesBuilt, isNonDeterministic, startTime, stopTime, builtOutputs)
+
+
+def _writeBuildResult(writer: Writer, result: BuildResult, version: int) -> None:
+    minor = minorOf(version)
+    writer.u64(result.status).text(result.errorMsg)
+    if minor >= _BUILD_TIMES:
+        writer.u64(result.timesBuilt).u64(result.isNonDeterministic)
+        writer.u64(result.startTime).u64(result.stopTime)
+    if minor >= _BINARY_BUILT_OUTPUTS:
+        writer.u64(len(result.builtOutputs))
+        for name, realisation in _bytewise(result.builtOutputs):
+            writer.text(name).text(realisation.outPath).textSet(realisation.signatures)
+    elif minor >= _BUILT_OUTPUTS:
+        writer.u64(len(result.builtOutputs))
+        for key, text in _bytewise(dict(_unparseRealisations(result.builtOutputs))):
+            writer.text(key).text(text)
+
+
+def _readRealisation(reader: Reader, storeDir: StoreDir) -> Parse[Realisation]:
+    outPath = yield from readPath(reader, storeDir)
+    return Realisation(outPath, UNKNOWN_DRV_HASH, frozenset((yield from reader.strings())))
+
+
+def _unparseRealisations(outputs: Mapping[str, Realisation]) -> Iterable[tuple[str, str]]:
+    """The JSON form: compact, keys sorted, the output as a base name."""
+    for name, realisation in outputs.items():
+        key = f"{realisation.drvHash}!{name}"
+        value = {
+            "dependentRealisations": {},
+            "id": key,
+            "outPath": realisation.outPath.baseName,
+            "signatures": sorted(realisation.signatures),
+        }
+        yield key, json.dumps(value, separators=(",", ":"), sort_keys=True)
+
+
+def _parseRealisation(key: str, text: str, storeDir: StoreDir) -> tuple[str, Realisation]:
+    """The JSON form. Only what every server fills in is believed: the name in the key, and C{outPath}."""
+    drvHash, mark, name = key.partition("!")
+    try:
+        value = json.loads(text)
+        baseName = value["outPath"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FormatError("a built output is not described as it should be", found=repr(text[:200])) from None
+    if not mark or not isinstance(baseName, str):
+        raise FormatError("a built output is not described as it should be", found=repr(key[:200]))
+    return name, Realisation(storeDir.parseBaseName(baseName), drvHash)
+
+
+# --- export streams ---------------------------------------------------------------------------------------
+
+
+def readExportMarker(reader: Reader) -> Parse[bool]:
+    """Does another object follow?"""
+    marker = yield from reader.u64()
+    if marker > 1:
+        raise FormatError("input doesn't look like something created by 'nix-store --export'", offset=reader.offset - 8)
+    return bool(marker)
+
+
+def readImportItem(reader: Reader, storeDir: StoreDir) -> Parse[ImportItem]:
+    """What follows each NAR."""
+    magic = yield from reader.u32()
+    if magic != EXPORT_MAGIC:
+        raise FormatError("Nix archive cannot be imported; wrong format", offset=reader.offset - 8)
+    path = yield from readPath(reader, storeDir)
+    references = yield from readPathSet(reader, storeDir)
+    deriver = yield from readOptionalPath(reader, storeDir)
+    if (yield from reader.u32()) == 1:
+        yield from reader.string()  # a signature of the 1.x kind, ignored
+    return ImportItem(path, references, deriver)
+
+
+def writeExportMarker(another: bool) -> bytes:
+    """Before each object, and at the end."""
+    return bytes(Writer().u64(another))
+
+
+def writeImportItem(item: ImportItem) -> bytes:
+    """What follows each NAR."""
+    writer = Writer().u64(EXPORT_MAGIC).text(item.path).textSet(item.references)
+    return bytes(writer.text(item.deriver or "").u64(0))
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How one kind of message is read and written."""
+
+    read: Callable[[Reader, int, StoreDir], Parse[Any]]
+    write: Callable[[Writer, Any, int], None]
+
+
+_REQUESTS: dict[Command, _Form] = {
+    Command.QUERY_VALID_PATHS: _Form(_readQueryValidPaths, _writeQueryValidPaths),
+    Command.QUERY_PATH_INFOS: _Form(_readQueryPathInfos, _writeQueryPathInfos),
+    Command.DUMP_STORE_PATH: _Form(_readDumpStorePath, _writeDumpStorePath),
+    Command.IMPORT_PATHS: _Form(_readImportPaths, _writeImportPaths),
+    Command.EXPORT_PATHS: _Form(_readExportPaths, _writeExportPaths),
+    Command.BUILD_PATHS: _Form(_readBuildPaths, _writeBuildPaths),
+    Command.QUERY_CLOSURE: _Form(_readQueryClosure, _writeQueryClosure),
+    Command.BUILD_DERIVATION: _Form(_readBuildDerivation, _writeBuildDerivation),
+    Command.ADD_TO_STORE_NAR: _Form(_readAddToStoreNar, _writeAddToStoreNar),
+}
+
+_REPLIES: dict[Command, _Form] = {
+    Command.QUERY_VALID_PATHS: _Form(_readPathSetReply, _writePathSetReply),
+    Command.QUERY_PATH_INFOS: _Form(_readPathInfos, _writePathInfos),
+    Command.IMPORT_PATHS: _Form(_readDone, _writeDone),
+    Command.BUILD_PATHS: _Form(_readBuildPathsResult, _writeBuildPathsResult),
+    Command.QUERY_CLOSURE: _Form(_readPathSetReply, _writePathSetReply),
+    Command.BUILD_DERIVATION: _Form(_readBuildResult, _writeBuildResult),
+    Command.ADD_TO_STORE_NAR: _Form(_readDone, _writeDone),
+}

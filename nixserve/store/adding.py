@@ -1,0 +1,310 @@
+"""
+Objects on their way into a local store, each from its NAR.
+
+The order of steps is that of every program on the store, and is what keeps them out of each other's way (Nix 2.8,
+src/libstore/local-store.cc: addToStore; export-import.cc):
+
+  1. what is said about the object is checked; nothing is written for what cannot be;
+  2. temporary root; only then
+  3. valid already? the NAR is dropped, nothing is compared;
+  4. path lock; 5. valid now?
+  6. what lies at the place is removed: it is nobody's, since the path is not valid and the lock is ours;
+  7. the NAR is restored, in canonical form, hashed as it passes;
+  8. hash, size, content address, for a derivation its outputs;
+  9. one transaction makes it valid; 10. unlock.
+
+A failure from 6 on leaves the object without a row, and the lock file, empty. So does Nix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection
+from typing import Final
+
+from nixserve.codec import base32
+from nixserve.codec.derivation import Derivation
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.storepath import StorePath
+from nixserve.errors import FormatError, StoreError
+from nixserve.store.api import Busy, InvalidPath, PathWriter
+from nixserve.store.contents import (
+    DerivationMemo,
+    DrainingWriter,
+    checkContentAddress,
+    checkNar,
+    checkNewInfo,
+    derivationOutputs,
+    readDerivation,
+    sizeMismatch,
+)
+from nixserve.store.files import PathRestorer, deletePath, dumpPath
+from nixserve.store.layout import StoreLayout
+from nixserve.store.opening import fileSystemErrors
+from nixserve.store.pathlocks import PathLocks
+from nixserve.store.roots import TempRoots
+from nixserve.store.validpaths import ValidPaths
+
+__all__ = ["Adder", "LocalImportWriter", "LocalPathWriter"]
+
+#: The name of what is being imported while its path is not known. A random hash part stands before it.
+_SCRATCH_NAME: Final = "nixserve-import"
+
+
+class Adder:
+    """
+    What one session adds objects with. Calls must not overlap.
+
+    @ivar unfinished: the writers that were neither finished nor aborted.
+    """
+
+    def __init__(self, layout: StoreLayout, validPaths: ValidPaths, roots: TempRoots) -> None:
+        self.layout = layout
+        self.roots = roots
+        self.unfinished: set[LocalPathWriter | LocalImportWriter] = set()
+        self._validPaths = validPaths
+        # A closure of derivations comes one by one, each referring to those before it.
+        self._memo: DerivationMemo = {}
+        hashPart = base32.encode(os.urandom(20))
+        self._scratch = StorePath(f"{layout.storeDir.path}/{hashPart}-{_SCRATCH_NAME}")
+        self._imports = 0
+
+    def addToStore(self, info: ValidPathInfo) -> PathWriter:
+        """
+        Steps 1 to 6.
+
+        @raise Busy: a collector is at work, or somebody is adding this path; call again.
+        @raise StoreError: it cannot be added.
+        """
+        checkNewInfo(info, self.layout.storeDir)
+        lock = self.lockInvalid(info.path)
+        if lock is None:
+            return DrainingWriter(info)
+        try:
+            restorer = PathRestorer(self.layout.realPath(info.path), info.narSize)
+        except BaseException:
+            lock.abandon()
+            raise
+        writer = LocalPathWriter(self, info, lock, restorer)
+        self.unfinished.add(writer)
+        return writer
+
+    def importPath(self) -> LocalImportWriter:
+        """
+        Begin to restore an object whose path will be known after its NAR.
+
+        Its place meanwhile bears the name of an object, one that is not valid and has a temporary root. Any other name
+        in the store directory, C{tmp-…} too, is junk for a collector, which some versions remove at once.
+
+        @raise Busy: a collector is at work; call again.
+        """
+        # Roots count by hash part, so one does for all imports of the session.
+        self.roots.addTempRoots([self._scratch])
+        self._imports += 1
+        place = self.layout.realPath(StorePath(f"{self._scratch}-{self._imports}"))
+        writer = LocalImportWriter(self, place, PathRestorer(place))
+        self.unfinished.add(writer)
+        return writer
+
+    def lockInvalid(self, path: StorePath) -> PathLocks | None:
+        """
+        Steps 2 to 6.
+
+        @return: the lock of a path that is not valid and where nothing lies; C{None} if it is valid.
+        @raise Busy: as L{addToStore}.
+        """
+        self.roots.addTempRoots([path])
+        if self._validPaths.isAnyValid([path]):
+            return None
+        real = self.layout.realPath(path)
+        lock = PathLocks([real])
+        try:
+            if self._validPaths.isAnyValid([path]):
+                lock.unlock()
+                return None
+            deletePath(real)
+        except BaseException:
+            lock.abandon()
+            raise
+        return lock
+
+    def register(self, info: ValidPathInfo) -> None:
+        """
+        Steps 8, for what the object says itself, and 9.
+
+        @raise Busy: others are writing to the database; call again.
+        @raise InvalidPath: a reference is not valid.
+        @raise FormatError: a derivation is malformed, or its outputs are not its own.
+        """
+        if info.path.isDerivation:
+            # Its hash depends on derivations that it refers to: better "not valid" than "no such file".
+            others = info.references - {info.path}
+            for missing in sorted(others - self._validPaths.queryValidPaths(others)):
+                raise InvalidPath(missing)
+        outputs = derivationOutputs(info.path, self._lookup, self.layout.storeDir, self._memo)
+        self._validPaths.registerValidPaths([info], {info.path: outputs})
+
+    def requireUnfinished(self, writer: LocalPathWriter | LocalImportWriter) -> None:
+        """
+        @raise StoreError: it was finished or aborted, perhaps by the end of the session: its lock is gone.
+        """
+        if writer not in self.unfinished:
+            raise StoreError("adding this object to the store has ended already")
+
+    def _lookup(self, path: StorePath) -> Derivation:
+        """A derivation on disk, valid or not: its referrer cannot be registered if it is not."""
+        return readDerivation(path, dumpPath(self.layout.realPath(path)), self.layout.storeDir)
+
+
+class LocalPathWriter:
+    """
+    L{nixserve.store.api.PathWriter} of a path that is not valid yet. Holds its lock until it ends.
+    """
+
+    alreadyValid = False
+
+    def __init__(self, adder: Adder, info: ValidPathInfo, lock: PathLocks, restorer: PathRestorer) -> None:
+        self._adder = adder
+        self._info = info
+        self._lock = lock
+        self._restorer = restorer
+        self._checked = False
+
+    def feed(self, data: bytes) -> None:
+        """
+        Step 7.
+
+        @raise FormatError: this is no NAR.
+        @raise StoreError: more bytes than announced, the file system refuses, or the writer has ended.
+        """
+        try:
+            size = self._restorer.narSize + len(data)
+            # What follows a complete NAR would be kept in memory: the restorer leaves it to its owner.
+            if size > self._info.narSize or (self._restorer.finished and data):
+                raise sizeMismatch(self._info, size)
+            self._restorer.feed(data)
+        except BaseException:
+            self.abort()
+            raise
+
+    def finish(self) -> None:
+        """
+        Steps 8 to 10.
+
+        @raise Busy: others have been writing to the database for L{nixserve.store.database.PATIENCE}; call again.
+        @raise FormatError: the NAR is not complete.
+        @raise StoreError: something does not match, or a reference is not valid.
+        """
+        try:
+            self._adder.requireUnfinished(self)
+            if not self._checked:
+                self._check()
+                self._checked = True
+            self._adder.register(self._info)
+        except Busy:
+            raise
+        except BaseException:
+            self.abort()
+            raise
+        self._adder.unfinished.discard(self)
+        self._lock.unlock()
+
+    def abort(self) -> None:
+        """Give up: the object stays as it is, without a row, and the lock is free."""
+        self._adder.unfinished.discard(self)
+        self._restorer.abort()
+        self._lock.abandon()
+
+    def _check(self) -> None:
+        restorer = self._restorer
+        restorer.finish()
+        checkNar(self._info, restorer.narHash, restorer.narSize)
+        checkContentAddress(self._info, lambda: dumpPath(self._adder.layout.realPath(self._info.path)))
+
+
+class LocalImportWriter:
+    """
+    L{nixserve.store.api.ImportWriter}: the object is complete before its path is known, and is then renamed.
+    """
+
+    def __init__(self, adder: Adder, place: str, restorer: PathRestorer) -> None:
+        self._adder = adder
+        self._place: str | None = place
+        self._restorer = restorer
+        self._restored = False
+        self._lock: PathLocks | None = None
+
+    def feed(self, data: bytes) -> None:
+        """
+        Take the next bytes of the NAR.
+
+        @raise FormatError: this is no NAR.
+        @raise StoreError: the file system refuses, or the writer has ended.
+        """
+        try:
+            if self._restorer.finished and data:
+                raise FormatError("bad archive: data after its end", offset=self._restorer.narSize)
+            self._restorer.feed(data)
+        except BaseException:
+            self.abort()
+            raise
+
+    def finish(self, path: StorePath, references: Collection[StorePath], deriver: StorePath | None) -> None:
+        """
+        Steps 2 to 10 for an object that is there, but for its name. No hash was announced, so none is compared.
+
+        @raise Busy: a collector is at work, somebody is adding this path, or others are writing to the database.
+            Call again with the same arguments.
+        @raise FormatError: the NAR is not complete.
+        @raise StoreError: a reference is not valid.
+        """
+        try:
+            self._adder.requireUnfinished(self)
+            self._finish(path, frozenset(references), deriver)
+        except Busy:
+            raise
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Give up. What was restored under the temporary name is removed; what has its own stays, without a row."""
+        self._adder.unfinished.discard(self)
+        self._restorer.abort()
+        self._removePlace()
+        if self._lock is not None:
+            self._lock.abandon()
+
+    def _finish(self, path: StorePath, references: frozenset[StorePath], deriver: StorePath | None) -> None:
+        if not self._restored:
+            self._restorer.finish()
+            self._restored = True
+        if self._lock is None:
+            self._lock = self._adder.lockInvalid(path)
+            if self._lock is None:
+                self._adder.unfinished.discard(self)
+                self._removePlace()
+                return
+            self._rename(path)
+        info = ValidPathInfo(path, self._restorer.narHash, self._restorer.narSize, references, deriver)
+        self._adder.register(info)
+        self._adder.unfinished.discard(self)
+        self._lock.unlock()
+
+    def _rename(self, path: StorePath) -> None:
+        """
+        Give the object its name. Directories of mode 0555 can be renamed by their owner as long as they stay in the
+        same directory; only a new C{..} would have to be written into them.
+        """
+        assert self._place is not None
+        with fileSystemErrors(f"cannot rename '{self._place}'"):
+            os.rename(self._place, self._adder.layout.realPath(path))
+        self._place = None
+
+    def _removePlace(self) -> None:
+        if self._place is not None:
+            place, self._place = self._place, None
+            # It is in nobody's way: the next collector removes what is left.
+            with contextlib.suppress(StoreError):
+                deletePath(place)

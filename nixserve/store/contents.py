@@ -1,0 +1,252 @@
+"""
+What must be true of an object before it is registered, in any implementation of the store: what is said about it, and
+what its contents say.
+
+Contents come as the NAR of the object in chunks, from wherever. Nothing here blocks but through their iterator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from nixserve.codec.contentaddress import ContentAddressMethod
+from nixserve.codec.derivation import (
+    Derivation,
+    Lookup,
+    checkDerivationOutputs,
+    derivationName,
+    parseDerivation,
+)
+from nixserve.codec.hashes import Hash
+from nixserve.codec.nar import Contents, NarParser, Regular
+from nixserve.codec.pathinfo import Signature, ValidPathInfo
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.errors import StoreError
+
+__all__ = [
+    "MAX_DERIVATION_SIZE",
+    "DerivationMemo",
+    "DrainingWriter",
+    "HashModulo",
+    "checkContentAddress",
+    "checkNar",
+    "checkNewInfo",
+    "checkRegistrable",
+    "derivationOutputs",
+    "readDerivation",
+    "sizeMismatch",
+]
+
+#: Bytes of a .drv file that are read into memory at most: some hundred times the largest known.
+MAX_DERIVATION_SIZE: Final = 64 * 1024 * 1024
+
+DerivationMemo = dict[StorePath, Hash | None]
+"""Hashes of derivations found before, see L{nixserve.codec.derivation.hashDerivationModulo}."""
+
+
+class HashModulo:
+    """
+    The hash of a stream in which the object's own hash part counts as 32 NUL bytes. Where it stood is hashed in the
+    end: C{|} and the offset for each. In a stream without it this is the plain hash.
+
+    So an object that contains its own path can have a path computed from its contents. Source: Nix 2.8,
+    src/libstore/references.cc, HashModuloSink.
+    """
+
+    def __init__(self, algo: str, hashPart: str) -> None:
+        self._algo = algo
+        self._digest = hashlib.new(algo, usedforsecurity=False)
+        self._needle = hashPart.encode("ascii")
+        self._offsets: list[int] = []
+        # Bytes hashed, and those after them that may be the beginning of an occurrence.
+        self._hashed = 0
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes, cut anywhere."""
+        buffer = self._rest + data
+        found = buffer.find(self._needle)
+        if found >= 0:
+            while found >= 0:
+                self._offsets.append(self._hashed + found)
+                found = buffer.find(self._needle, found + len(self._needle))
+            buffer = buffer.replace(self._needle, bytes(len(self._needle)))
+        ready = max(0, len(buffer) - len(self._needle) + 1)
+        self._digest.update(memoryview(buffer)[:ready])
+        self._hashed += ready
+        self._rest = buffer[ready:]
+
+    def finish(self) -> Hash:
+        """
+        @return: the hash; the stream is at its end.
+        """
+        self._digest.update(self._rest)
+        for offset in self._offsets:
+            self._digest.update(b"|%d" % offset)
+        return Hash(self._algo, self._digest.digest())
+
+
+class DrainingWriter:
+    """
+    A L{nixserve.store.api.PathWriter} for a path that is valid already: its NAR is counted and dropped.
+    """
+
+    alreadyValid = True
+
+    def __init__(self, info: ValidPathInfo) -> None:
+        self._info = info
+        self._size = 0
+
+    def feed(self, data: bytes) -> None:
+        """
+        @raise StoreError: more bytes than C{narSize}.
+        """
+        self._size += len(data)
+        if self._size > self._info.narSize:
+            raise sizeMismatch(self._info, self._size)
+
+    def finish(self) -> None:
+        """
+        @raise StoreError: fewer bytes than C{narSize}.
+        """
+        if self._size != self._info.narSize:
+            raise sizeMismatch(self._info, self._size)
+
+    def abort(self) -> None:
+        """Nothing to give up."""
+
+
+def checkRegistrable(info: ValidPathInfo, storeDir: StoreDir) -> None:
+    """
+    @raise StoreError: the path is of another store directory, the hash is no SHA-256, or the content address does not
+        give the path.
+    """
+    if info.path.storeDir != storeDir.path:
+        raise StoreError(f"cannot register path '{info.path}' in a store whose directory is '{storeDir.path}'")
+    if info.narHash.algo != "sha256":
+        raise StoreError(f"cannot register path '{info.path}': its NAR hash is {info.narHash.algo}, not sha256")
+    if info.ca is not None and not info.isContentAddressed(storeDir):
+        raise StoreError(
+            f"cannot add path '{info.path}' to the Nix store because it claims to be content-addressed but isn't"
+        )
+
+
+def checkNewInfo(info: ValidPathInfo, storeDir: StoreDir) -> None:
+    """
+    What can be checked before an object's first byte.
+
+    @raise StoreError: as L{checkRegistrable}; or the size is not known.
+    @raise nixserve.errors.FormatError: a malformed signature. Nix 2.34 refuses it as well; older ones store it, and
+        then a newer one fails on each query of the path.
+    """
+    checkRegistrable(info, storeDir)
+    if info.narSize <= 0:
+        raise StoreError(f"cannot add path '{info.path}': the size of its NAR is not known")
+    for signature in info.sigs:
+        Signature.parse(signature)
+
+
+def checkNar(info: ValidPathInfo, narHash: Hash, narSize: int) -> None:
+    """
+    @param narHash: of the NAR that came.
+    @param narSize: its size in bytes.
+    @raise StoreError: they are not as announced, in Nix's words.
+    """
+    if narHash != info.narHash:
+        raise StoreError(f"hash mismatch importing path '{info.path}'; wanted: {info.narHash}, got: {narHash}")
+    if narSize != info.narSize:
+        raise sizeMismatch(info, narSize)
+
+
+def sizeMismatch(info: ValidPathInfo, narSize: int) -> StoreError:
+    """
+    @param narSize: how many bytes came; if too many, those so far.
+    @return: the error that says so.
+    """
+    return StoreError(f"size mismatch importing path '{info.path}'; wanted: {info.narSize}, got: {narSize}")
+
+
+def checkContentAddress(info: ValidPathInfo, dump: Callable[[], Iterable[bytes]]) -> None:
+    """
+    Make sure that the contents have the content address that the info states, if any. That it gives the path is
+    checked elsewhere.
+
+    @param info: its C{narHash} is known to be true.
+    @param dump: gives the NAR; called only if the NAR's hash does not tell already.
+    @raise StoreError: they have not, or the object is none that could have.
+    """
+    if info.ca is None:
+        return
+    method, stated = info.ca.method, info.ca.hash
+    if method is ContentAddressMethod.NAR:
+        if stated.algo == "sha256" and not info.hasSelfReference:
+            found = info.narHash
+        else:
+            modulo = HashModulo(stated.algo, info.path.hashPart)
+            for chunk in dump():
+                modulo.feed(chunk)
+            found = modulo.finish()
+    elif method in (ContentAddressMethod.FLAT, ContentAddressMethod.TEXT):
+        digest = hashlib.new(stated.algo, usedforsecurity=False)
+        for piece in _fileContents(info.path, dump()):
+            digest.update(piece)
+        found = Hash(stated.algo, digest.digest())
+    else:
+        raise StoreError(f"cannot verify the content address '{info.ca}' of path '{info.path}': git is not supported")
+    if found != stated:
+        raise StoreError(f"ca hash mismatch importing path '{info.path}'; specified: {stated}, got: {found}")
+
+
+def readDerivation(path: StorePath, dump: Iterable[bytes], storeDir: StoreDir) -> Derivation:
+    """
+    Read a derivation from the NAR of its .drv file.
+
+    @raise StoreError: it is no file, or too large.
+    @raise nixserve.errors.FormatError: it is no derivation.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    for piece in _fileContents(path, dump):
+        size += len(piece)
+        if size > MAX_DERIVATION_SIZE:
+            raise StoreError(f"derivation '{path}' is larger than {MAX_DERIVATION_SIZE} bytes")
+        pieces.append(bytes(piece))
+    return parseDerivation(b"".join(pieces), derivationName(path), storeDir)
+
+
+def derivationOutputs(
+    path: StorePath, lookup: Lookup, storeDir: StoreDir, memo: DerivationMemo
+) -> dict[str, StorePath]:
+    """
+    What is registered about the outputs of a .drv: by name, those whose paths are known before the build.
+
+    @param lookup: finds this derivation and those that it depends on.
+    @param memo: added to.
+    @return: nothing for any other path.
+    @raise nixserve.errors.FormatError: it is no derivation, or states other paths than follow from it.
+    """
+    if not path.isDerivation:
+        return {}
+    drv = lookup(path)
+    checkDerivationOutputs(path, drv, lookup, storeDir, memo)
+    return {name: output.path for name, output in drv.outputs.items() if output.path is not None}
+
+
+def _fileContents(path: StorePath, dump: Iterable[bytes]) -> Iterator[bytes | memoryview]:
+    """
+    The contents of a NAR that is a plain file. An executable is none: its content address would not tell it from
+    a file that is not.
+    """
+    parser = NarParser()
+    plain = False
+    for chunk in dump:
+        for event in parser.feed(chunk):
+            if isinstance(event, Contents) and plain:
+                yield event.data
+            elif isinstance(event, Regular) and not event.executable and not event.name:
+                plain = True
+            else:
+                raise StoreError(f"path '{path}' is not a regular file without execute permission")
+    parser.close()

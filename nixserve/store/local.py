@@ -1,0 +1,230 @@
+"""
+The contract of a store over files and a database: real Nix's store, shared with real Nix.
+
+How objects are added is in L{nixserve.store.adding}; which locks and files of Nix are honoured, at the heads of
+L{nixserve.store.database}, L{nixserve.store.pathlocks} and L{nixserve.store.roots}. Signatures are not judged here,
+only their form: who may add what is a matter of policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Collection, Generator, Iterator
+
+from nixserve.codec.hashes import Hash
+from nixserve.codec.pathinfo import ValidPathInfo, topoSort
+from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.errors import StoreError
+from nixserve.store.adding import Adder
+from nixserve.store.api import ImportWriter, InvalidPath, PathWriter
+from nixserve.store.database import Database
+from nixserve.store.files import dumpPath
+from nixserve.store.layout import StoreLayout
+from nixserve.store.opening import RESERVED_SIZE, prepareDirectories
+from nixserve.store.roots import TempRoots
+from nixserve.store.validpaths import ValidPaths
+
+__all__ = ["LocalSession", "LocalStore"]
+
+
+class LocalStore:
+    """
+    L{nixserve.store.api.Store} over a store on disk.
+
+    @ivar layout: where it lies.
+    @ivar database: its database.
+    @ivar validPaths: what the database says.
+    """
+
+    def __init__(self, layout: StoreLayout, reservedSize: int = RESERVED_SIZE) -> None:
+        """
+        Open the store, or make it. Waits while somebody else upgrades its database.
+
+        @param reservedSize: bytes to keep for a collector on a full disk; Nix's setting gc-reserved-space.
+        @raise StoreError: it cannot be opened.
+        """
+        self.layout = layout
+        prepareDirectories(layout, reservedSize)
+        self.database = Database(layout)
+        self.validPaths = ValidPaths(self.database, layout.storeDir)
+        self._closed = False
+        self._sessions: set[LocalSession] = set()
+        # Guards the two above; never held during I/O.
+        self._mutex = threading.Lock()
+
+    @property
+    def storeDir(self) -> StoreDir:
+        """The logical store directory."""
+        return self.layout.storeDir
+
+    def openSession(self) -> LocalSession:
+        """
+        @return: a new session. It opens nothing before it needs it.
+        @raise StoreError: the store is closed.
+        """
+        with self._mutex:
+            if self._closed:
+                raise StoreError(f"the store in '{self.layout.stateDir}' is closed")
+            session = LocalSession(self.layout, self.validPaths, self._forget)
+            self._sessions.add(session)
+        return session
+
+    def close(self) -> None:
+        """Close every session, then the database. Safe to call twice."""
+        with self._mutex:
+            self._closed = True
+            sessions = list(self._sessions)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.database.close)
+            for session in sessions:
+                stack.callback(session.close)
+
+    def _forget(self, session: LocalSession) -> None:
+        with self._mutex:
+            self._sessions.discard(session)
+
+
+class LocalSession:
+    """
+    L{nixserve.store.api.StoreSession} of a L{LocalStore}.
+
+    Sessions share the database and nothing else: none waits for what another does.
+    """
+
+    def __init__(self, layout: StoreLayout, validPaths: ValidPaths, onClose: Callable[[LocalSession], None]) -> None:
+        """
+        @param onClose: called once, when everything has been freed.
+        """
+        self._layout = layout
+        self._validPaths = validPaths
+        self._onClose = onClose
+        self._closed = False
+        self._roots = TempRoots(layout, self._isInDanger)
+        self._adder = Adder(layout, validPaths, self._roots)
+        self._streams: weakref.WeakSet[Generator[bytes, None, None]] = weakref.WeakSet()
+
+    @property
+    def storeDir(self) -> StoreDir:
+        """The logical store directory."""
+        return self._layout.storeDir
+
+    def addTempRoots(self, paths: Collection[StorePath]) -> None:
+        """
+        See L{nixserve.store.api.StoreSession.addTempRoots} and L{TempRoots}.
+
+        @raise StoreError: also if the store is opened read-only: roots are files.
+        """
+        self._requireWritable()
+        self._roots.addTempRoots(paths)
+
+    def queryValidPaths(self, paths: Collection[StorePath]) -> set[StorePath]:
+        """See L{nixserve.store.api.StoreSession.queryValidPaths}."""
+        self._requireOpen()
+        return self._validPaths.queryValidPaths(paths)
+
+    def queryPathInfos(self, paths: Collection[StorePath]) -> dict[StorePath, ValidPathInfo]:
+        """See L{nixserve.store.api.StoreSession.queryPathInfos}. In the order of C{paths}."""
+        self._requireOpen()
+        return self._validPaths.queryPathInfos(paths)
+
+    def queryClosure(self, paths: Collection[StorePath], includeOutputs: bool = False) -> set[StorePath]:
+        """See L{nixserve.store.api.StoreSession.queryClosure}."""
+        self._requireOpen()
+        return self._validPaths.queryClosure(paths, includeOutputs)
+
+    def narFromPath(self, path: StorePath) -> Iterator[bytes]:
+        """
+        See L{nixserve.store.api.StoreSession.narFromPath}. The path should be a root of this session: else a collector
+        may delete it meanwhile, and the iterator fails.
+        """
+        self._requireOpen()
+        if not self._validPaths.isAnyValid([path]):
+            raise InvalidPath(path)
+        return self._guard(_dump(self._layout.realPath(path)))
+
+    def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
+        """See L{nixserve.store.api.StoreSession.exportPaths}."""
+        infos = self.queryPathInfos(paths)
+        for path in sorted(set(paths) - infos.keys()):
+            raise InvalidPath(path)
+        order = topoSort({path: info.references for path, info in infos.items()})
+        return self._guard(self._export([infos[path] for path in order]))
+
+    def addToStore(self, info: ValidPathInfo) -> PathWriter:
+        """
+        See L{nixserve.store.api.StoreSession.addToStore}.
+
+        @raise nixserve.errors.FormatError: a signature is malformed.
+        """
+        self._requireWritable()
+        return self._adder.addToStore(info)
+
+    def importPath(self) -> ImportWriter:
+        """
+        See L{nixserve.store.api.StoreSession.importPath}.
+
+        @raise nixserve.store.api.Busy: a collector is at work; call again.
+        """
+        self._requireWritable()
+        return self._adder.importPath()
+
+    def close(self) -> None:
+        """Free everything. What goes wrong with one thing does not keep the others."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._onClose, self)
+            stack.callback(self._roots.close)
+            for writer in list(self._adder.unfinished):
+                stack.callback(writer.abort)
+            for stream in list(self._streams):
+                stack.callback(stream.close)
+
+    def _requireOpen(self) -> None:
+        if self._closed:
+            raise StoreError("the session is closed")
+
+    def _requireWritable(self) -> None:
+        self._requireOpen()
+        if self._layout.readOnly:
+            raise StoreError(f"the store in '{self._layout.stateDir}' is opened read-only")
+
+    def _isInDanger(self, paths: Collection[StorePath]) -> bool:
+        """Whether a collector at work could be about to delete one of C{paths}: see L{TempRoots}."""
+        if self._validPaths.isAnyValid(paths):
+            return True
+        return any(os.path.lexists(self._layout.realPath(path)) for path in paths)
+
+    def _guard(self, stream: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+        """Pass on a stream that ends with the session, and not as if it were complete."""
+        self._streams.add(stream)
+        return self._pass(stream)
+
+    def _pass(self, stream: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+        yield from stream
+        # The end of the session closes a stream, which here looks like its end.
+        self._requireOpen()
+
+    def _export(self, infos: list[ValidPathInfo]) -> Generator[bytes, None, None]:
+        for info in infos:
+            yield writeExportMarker(True)
+            digest = hashlib.sha256()
+            for chunk in dumpPath(self._layout.realPath(info.path)):
+                digest.update(chunk)
+                yield chunk
+            found = Hash("sha256", digest.digest())
+            if found != info.narHash:
+                # So that damage does not spread to other stores.
+                raise StoreError(f"hash of path '{info.path}' has changed from '{info.narHash}' to '{found}'")
+            yield writeImportItem(ImportItem(info.path, info.references, info.deriver))
+        yield writeExportMarker(False)
+
+
+def _dump(path: str) -> Generator[bytes, None, None]:
+    yield from dumpPath(path)

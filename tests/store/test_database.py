@@ -1,0 +1,535 @@
+"""
+L{nixserve.store.opening}, L{nixserve.store.database} and L{nixserve.store.validpaths}: what Nix's own files hold.
+"""
+
+import fcntl
+import grp
+import os
+import sqlite3
+import stat
+import subprocess
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from nixserve.codec.contentaddress import ContentAddress
+from nixserve.codec.storepath import StorePath
+from nixserve.errors import StoreError
+from nixserve.store.api import Busy, InvalidPath
+from nixserve.store.database import Database
+from nixserve.store.local import LocalStore
+from nixserve.store.opening import RESERVED_SIZE, prepareDirectories
+from nixserve.store.validpaths import ValidPaths
+from nixserve.testing import makeInfo, makeNar
+
+HELLO = makeNar(b"hello\n")
+A, B, C, D = (makeInfo(name, HELLO) for name in "abcd")
+
+#: The tables of schema 8, of which Nix 1.11 made stores; those of 7 lacked two columns.
+SCHEMA_8 = """
+    create table ValidPaths (id integer primary key autoincrement not null, path text unique not null,
+        hash text not null, registrationTime integer not null, deriver text, narSize integer {more});
+    create table Refs (referrer integer not null, reference integer not null, primary key (referrer, reference),
+        foreign key (referrer) references ValidPaths(id) on delete cascade,
+        foreign key (reference) references ValidPaths(id) on delete restrict);
+    create table DerivationOutputs (drv integer not null, id text not null, path text not null, primary key (drv, id),
+        foreign key (drv) references ValidPaths(id) on delete cascade);
+    create table FailedPaths (path text primary key not null, time integer not null);
+    insert into ValidPaths (path, hash, registrationTime) values ('{path}', '{hash}', 1);
+"""
+
+
+def columns(path):
+    """Tables, columns, keys, indices and triggers of a database, without the layout of their SQL."""
+    connection = sqlite3.connect(path)
+    found = {}
+    for kind, name, table in connection.execute("select type, name, tbl_name from sqlite_master order by name"):
+        found[kind, name, table] = {
+            "table": [
+                connection.execute(f"pragma table_info({name})").fetchall(),
+                connection.execute(f"pragma foreign_key_list({name})").fetchall(),
+                connection.execute(f"pragma index_list({name})").fetchall(),
+            ],
+            "index": connection.execute(f"pragma index_info({name})").fetchall(),
+        }.get(kind)
+    connection.close()
+    return found
+
+
+def makeOld(layout, schema):
+    """A store of an older Nix with one valid path."""
+    os.makedirs(layout.dbDir)
+    more = ", ultimate integer, sigs text" if schema >= 8 else ""
+    connection = sqlite3.connect(layout.dbPath)
+    connection.executescript(SCHEMA_8.format(more=more, path=A.path, hash=A.narHash.hexText))
+    connection.close()
+    with open(layout.schemaPath, "w") as file:
+        file.write(str(schema))
+
+
+@pytest.fixture
+def database(layout):
+    prepareDirectories(layout, 0)
+    database = Database(layout)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def valid(database, layout):
+    return ValidPaths(database, layout.storeDir)
+
+
+@pytest.fixture
+def foreign(database, layout):
+    """A connection of another program."""
+    connection = sqlite3.connect(layout.dbPath, isolation_level=None)
+    yield connection
+    connection.close()
+
+
+# --- opening ----------------------------------------------------------------------------------------------
+
+
+def test_directories(layout):
+    """A new store has the directories and files of real Nix, with their modes."""
+    prepareDirectories(layout)
+    Database(layout).close()
+    state = layout.stateDir
+    for path in (state, layout.dbDir, layout.tempRootsDir, layout.gcRootsDir, layout.profilesDir, layout.linksDir):
+        assert stat.S_IMODE(os.lstat(path).st_mode) == 0o755, path
+    for path in (f"{layout.profilesDir}/per-user", f"{layout.gcRootsDir}/per-user"):
+        assert stat.S_IMODE(os.lstat(path).st_mode) == 0o755, path
+    assert os.readlink(f"{layout.gcRootsDir}/profiles") == layout.profilesDir
+    assert stat.S_IMODE(os.stat(layout.bigLockPath).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(layout.reservedPath).st_mode) == 0o600
+    assert os.path.getsize(layout.reservedPath) == RESERVED_SIZE
+    with open(layout.schemaPath, "rb") as file:
+        assert file.read() == b"10"
+    assert set(os.listdir(layout.dbDir)) == {"big-lock", "reserved", "schema", "db.sqlite"}
+
+
+def test_reserve(layout):
+    """The reserve that a collector has given up, or of another size, is made again."""
+    prepareDirectories(layout, 4096)
+    os.unlink(layout.reservedPath)
+    prepareDirectories(layout, 8192)
+    assert os.path.getsize(layout.reservedPath) == 8192
+    prepareDirectories(layout, 4096)
+    assert os.path.getsize(layout.reservedPath) == 4096
+
+
+def test_umask(layout):
+    """Directories for each user's roots can be read by all, whatever the umask."""
+    before = os.umask(0o077)
+    try:
+        prepareDirectories(layout, 0)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(layout.profilesDir).st_mode) == 0o700
+    for path in (f"{layout.profilesDir}/per-user", f"{layout.gcRootsDir}/per-user"):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o755
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give the directory away")
+def test_storeDirOfBuildUsers(layout, monkeypatch):
+    """Where the group exists the store directory is the build users' too, and is made so again on each open."""
+    group = grp.struct_group(("nixbld", "x", 12345, []))
+    monkeypatch.setattr("grp.getgrnam", lambda name: {"nixbld": group}[name])
+    prepareDirectories(layout, 0)
+    os.chmod(layout.realStoreDir, 0o755)
+    prepareDirectories(layout, 0)
+    found = os.stat(layout.realStoreDir)
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 12345, 0o1775)
+
+
+def test_storeDirWithoutGroup(layout, monkeypatch):
+    """Without the group it stays the owner's."""
+    monkeypatch.setattr("grp.getgrnam", {}.__getitem__)
+    prepareDirectories(layout, 0)
+    assert stat.S_IMODE(os.stat(layout.realStoreDir).st_mode) == 0o755
+
+
+def test_symlinkedStore(root, layout):
+    """A store directory behind a symbolic link is refused, unless that is allowed."""
+    os.makedirs(f"{root}/elsewhere")
+    os.symlink(f"{root}/elsewhere", f"{root}/nix")
+    with pytest.raises(StoreError, match=f"the path '{root}/nix' is a symlink"):
+        prepareDirectories(layout, 0)
+    prepareDirectories(replace(layout, allowSymlinkedStore=True), 0)
+
+
+def test_inTheWay(root, layout):
+    """A file in the place of a directory is an error, not a traceback."""
+    with open(f"{root}/nix", "w"):
+        pass
+    with pytest.raises(StoreError, match="cannot create the directories of the store"):
+        prepareDirectories(layout, 0)
+
+
+def test_bigLock(database, layout):
+    """The big lock is held shared until the database is closed."""
+    fd = os.open(layout.bigLockPath, os.O_RDWR)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    other = Database(layout)
+    database.close()
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    other.close()
+    other.close()
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(fd)
+
+
+def test_pragmas(database):
+    """Each connection enforces foreign keys and has Nix's journal settings."""
+    with database.reading() as first, database.reading() as second:
+        assert first is not second
+        for connection in (first, second):
+            values = [connection.execute(f"pragma {name}").fetchone()[0] for name in ("foreign_keys", "synchronous")]
+            assert values == [1, 1]
+            assert connection.execute("pragma journal_mode").fetchone() == ("wal",)
+            assert connection.execute("pragma wal_autocheckpoint").fetchone() == (40000,)
+    with database.reading() as third:
+        assert third in (first, second)
+
+
+@pytest.mark.parametrize("text", [b"10\n", b"", b"ten", b" 10", b"1" * 20])
+def test_corruptSchema(database, layout, text):
+    """A schema file that is no plain number makes the store unusable, as for real Nix."""
+    with open(layout.schemaPath, "wb") as file:
+        file.write(text)
+    with pytest.raises(StoreError, match="schema' is corrupt"):
+        Database(layout)
+
+
+@pytest.mark.parametrize(("number", "text"), [("11", "made by a newer Nix; supported is 10"), ("6", "too old")])
+def test_foreignSchema(database, layout, number, text):
+    """Schemas that we do not know are refused and left alone."""
+    with open(layout.schemaPath, "w") as file:
+        file.write(number)
+    with pytest.raises(StoreError, match=text):
+        Database(layout)
+
+
+@pytest.mark.parametrize("schema", [7, 8, 9])
+def test_upgrade(layout, schema):
+    """Older schemas are brought up to date, with nobody else in the store, and keep what they hold."""
+    makeOld(layout, schema)
+    prepareDirectories(layout, 0)
+    database = Database(layout)
+    assert ValidPaths(database, layout.storeDir).queryPathInfos([A.path])[A.path].narHash == A.narHash
+    assert ("ca" in str(columns(layout.dbPath))) and ("sigs" in str(columns(layout.dbPath)))
+    assert ("FailedPaths" in str(columns(layout.dbPath))) == (schema == 9)
+    with open(layout.schemaPath) as file:
+        assert file.read() == "10"
+    fd = os.open(layout.bigLockPath, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    os.close(fd)
+    database.close()
+
+
+def test_upgradeWaits(layout):
+    """An upgrade waits for everybody else to leave, and sees whether they did it."""
+    makeOld(layout, 8)
+    prepareDirectories(layout, 0)
+    fd = os.open(layout.bigLockPath, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    opened = []
+    thread = threading.Thread(target=lambda: opened.append(Database(layout)))
+    thread.start()
+    time.sleep(0.1)
+    assert not opened
+    with open(layout.schemaPath, "w") as file:
+        file.write("10")
+    os.close(fd)
+    thread.join(10)
+    assert "ca" not in str(columns(layout.dbPath))
+    opened[0].close()
+
+
+def test_upgradeAfterCrash(layout):
+    """An upgrade that lacks only the new number is completed; real Nix fails on it."""
+    makeOld(layout, 9)
+    connection = sqlite3.connect(layout.dbPath)
+    connection.execute("alter table ValidPaths add column ca text")
+    connection.close()
+    prepareDirectories(layout, 0)
+    Database(layout).close()
+    with open(layout.schemaPath) as file:
+        assert file.read() == "10"
+
+
+def test_missingDatabase(layout):
+    """A schema without a database is an error, not a new store."""
+    os.makedirs(layout.dbDir)
+    with open(layout.schemaPath, "w") as file:
+        file.write("10")
+    prepareDirectories(layout, 0)
+    with pytest.raises(StoreError, match="unable to open database file"):
+        Database(layout)
+    assert not os.path.exists(layout.dbPath)
+
+
+def test_readOnly(layout):
+    """Nothing is made or upgraded for a reader; an idle store can be read, and is left as it was."""
+    reader = replace(layout, readOnly=True)
+    with pytest.raises(StoreError, match=r"cannot examine the store directory|there is no store in"):
+        LocalStore(reader)
+    assert os.listdir(os.path.dirname(os.path.dirname(layout.realStoreDir))) == []
+    LocalStore(layout, reservedSize=0).close()
+    before = sorted(os.listdir(layout.dbDir))
+    store = LocalStore(reader)
+    assert store.validPaths.queryAllValidPaths() == set()
+    with pytest.raises(StoreError, match="read-only"):
+        store.validPaths.registerValidPaths([A])
+    store.close()
+    assert sorted(os.listdir(layout.dbDir)) == before
+    with open(layout.schemaPath, "w") as file:
+        file.write("9")
+    with pytest.raises(StoreError, match="must be opened for writing once"):
+        LocalStore(reader)
+
+
+def test_closed(database, valid):
+    """A closed database says so."""
+    database.close()
+    with pytest.raises(StoreError, match="is closed"):
+        valid.queryAllValidPaths()
+
+
+def test_closedMeanwhile(database):
+    """What is under way while the database is closed comes to its end, and is closed then."""
+    with database.reading() as connection:
+        database.close()
+        assert connection.execute("select count(*) from ValidPaths").fetchone() == (0,)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("select 1")
+
+
+def test_busy(valid, foreign):
+    """Another writer makes ours busy after a second; readers go on."""
+    foreign.execute("begin immediate")
+    before = time.monotonic()
+    with pytest.raises(Busy):
+        valid.registerValidPaths([A])
+    assert time.monotonic() - before < 3
+    assert valid.queryValidPaths([A.path]) == set()
+    foreign.execute("rollback")
+    valid.registerValidPaths([A])
+
+
+def test_busyWithin(database, valid):
+    """So does another writer of our own process."""
+    done = []
+
+    def write():
+        try:
+            valid.registerValidPaths([A])
+        except Busy as error:
+            done.append(error)
+
+    with database.writing():
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join(10)
+    assert len(done) == 1
+
+
+def test_rollback(database, valid):
+    """What is written before an exception is not there after it."""
+    with pytest.raises(KeyError), database.writing() as connection:
+        connection.execute("insert into ValidPaths (path, hash, registrationTime) values ('x', 'y', 1)")
+        raise KeyError
+    assert valid.queryAllValidPaths() == set()
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+
+def test_row(valid, foreign):
+    """A row holds what Nix writes: full paths, base-16, signatures sorted, null for what there is not."""
+    sigs = frozenset({"b:2", "a:1"})
+    ca = ContentAddress.parse("fixed:r:sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw")
+    full = makeInfo("full", HELLO, ca=ca, sigs=sigs, ultimate=True, deriver=StorePath(f"{A.path}.drv"))
+    valid.registerValidPaths([replace(A, narSize=0), full])
+    query = "select hash, registrationTime, deriver, narSize, ultimate, sigs, ca from ValidPaths where path = ?"
+    digest = "sha256:1c37d01af40be2e80691de3cc3df44377a699afbb17c68f080964b2fd071fc13"
+    assert foreign.execute(query, (A.path,)).fetchone() == (digest, 1_600_000_000, *[None] * 5)
+    assert foreign.execute(query, (full.path,)).fetchone() == (
+        digest,
+        1_600_000_000,
+        f"{A.path}.drv",
+        120,
+        1,
+        "a:1 b:2",
+        str(ca),
+    )
+
+
+def test_registerAgain(valid, foreign):
+    """Registering again updates all but deriver and time, keeps the row, and takes no reference away."""
+    drv = StorePath(f"{B.path}.drv")
+    valid.registerValidPaths([A, replace(B, references=frozenset({A.path}), deriver=drv)])
+    ids = foreign.execute("select id from ValidPaths order by id").fetchall()
+    valid.registerValidPaths([replace(B, narSize=7, registrationTime=5, ultimate=True)])
+    info = valid.queryPathInfos([B.path])[B.path]
+    assert info == replace(B, references=frozenset({A.path}), deriver=drv, narSize=7, ultimate=True)
+    assert foreign.execute("select id from ValidPaths order by id").fetchall() == ids
+
+
+def test_registerSet(valid):
+    """Within a set the order is free; a missing reference undoes all of it."""
+    valid.registerValidPaths([replace(B, references=frozenset({A.path, B.path})), A])
+    assert valid.queryPathInfos([B.path])[B.path].references == {A.path, B.path}
+    with pytest.raises(InvalidPath) as caught:
+        valid.registerValidPaths([C, replace(D, references=frozenset({C.path, makeInfo("missing", HELLO).path}))])
+    assert caught.value.path == makeInfo("missing", HELLO).path
+    assert valid.queryAllValidPaths() == {A.path, B.path}
+    valid.registerValidPaths([])
+
+
+def test_registerCycle(valid):
+    """A cycle is refused; Nix 2.34 registers it and fails later."""
+    with pytest.raises(StoreError, match="cycle"):
+        valid.registerValidPaths(
+            [replace(A, references=frozenset({B.path})), replace(B, references=frozenset({A.path}))]
+        )
+    assert valid.queryAllValidPaths() == set()
+
+
+def test_registerWrongCA(valid):
+    """A content address that does not give the path is not registered."""
+    ca = ContentAddress.parse("fixed:r:sha256:1b8m03r63zqhnjf7l5wnldhh7c134ap5vpj0850ymkq1iyzicy5s")
+    with pytest.raises(StoreError, match="claims to be content-addressed but isn't"):
+        valid.registerValidPaths([replace(A, ca=ca)])
+
+
+def test_derivationOutputs(valid):
+    """Outputs are known by derivation and by path, but only valid derivations count."""
+    drv = makeInfo("x.drv", HELLO)
+    valid.registerValidPaths([drv], {drv.path: {"out": A.path, "dev": B.path}})
+    assert valid.queryDerivationOutputs(drv.path) == {"out": A.path, "dev": B.path}
+    assert valid.queryDerivationOutputs(A.path) == {}
+    assert valid.queryValidDerivers(A.path) == {drv.path}
+    assert valid.queryClosure([drv.path], includeOutputs=True) == {drv.path}
+    valid.registerValidPaths([C, replace(A, references=frozenset({C.path}))])
+    assert valid.queryClosure([drv.path], includeOutputs=True) == {drv.path, A.path, C.path}
+    valid.invalidatePath(drv.path)
+    assert valid.queryValidDerivers(A.path) == set()
+
+
+def test_invalidate(valid, foreign):
+    """A path in use stays valid; referring to itself is no use. Ids are not used again."""
+    valid.registerValidPaths([replace(A, references=frozenset({A.path})), replace(B, references=frozenset({A.path}))])
+    assert valid.queryReferrers(A.path) == {A.path, B.path}
+    with pytest.raises(StoreError, match=f"cannot delete path '{A.path}' because it is in use by '{B.path}'"):
+        valid.invalidatePath(A.path)
+    valid.invalidatePath(B.path)
+    valid.invalidatePath(A.path)
+    valid.invalidatePath(A.path)
+    assert foreign.execute("select count(*) from Refs").fetchone() == (0,)
+    valid.registerValidPaths([C])
+    assert foreign.execute("select id from ValidPaths").fetchall() == [(3,)]
+
+
+def test_tolerance(valid, foreign):
+    """What Nix would not write but understands is read: empty texts and zeros."""
+    valid.registerValidPaths([A])
+    foreign.execute("update ValidPaths set deriver = '', narSize = null, ultimate = 0, sigs = '', ca = ''")
+    assert valid.queryPathInfos([A.path]) == {A.path: replace(A, narSize=0)}
+    sri = f"sha256-{A.narHash.base64}"
+    foreign.execute("update ValidPaths set hash = ?, sigs = 'malformed'", (sri,))
+    assert valid.queryPathInfos([A.path]) == {A.path: replace(A, narSize=0, sigs=frozenset({"malformed"}))}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("hash", "sha256:1"),
+        ("hash", A.narHash.hex),
+        ("hash", b"\0"),
+        ("deriver", "x"),
+        ("narSize", -1),
+        ("narSize", "many"),
+        ("registrationTime", "now"),
+        ("ca", "fixed"),
+        ("sigs", b"x"),
+    ],
+)
+def test_malformedRow(valid, foreign, column, value):
+    """A value that makes no sense is an error that names path and column; other paths are not affected."""
+    valid.registerValidPaths([A, B])
+    foreign.execute(f"update ValidPaths set {column} = ? where path = ?", (value, A.path))
+    with pytest.raises(StoreError, match=f"column '{column}' of path '{A.path}'"):
+        valid.queryPathInfos([A.path, B.path])
+    assert valid.queryPathInfos([B.path]) == {B.path: B}
+
+
+def test_malformedReference(valid, foreign):
+    """So is a reference that is no path, which some versions of Nix let in."""
+    valid.registerValidPaths([A, replace(B, references=frozenset({A.path}))])
+    foreign.execute("update ValidPaths set path = ? where path = ?", (f"{A.path[:43]}-.-x", A.path))
+    with pytest.raises(StoreError, match=f"column 'references' of path '{B.path}'"):
+        valid.queryPathInfos([B.path])
+    with pytest.raises(StoreError, match="malformed path"):
+        valid.queryClosure([B.path])
+
+
+def test_isAnyValid(valid):
+    """One valid path is enough."""
+    assert not valid.isAnyValid([])
+    assert not valid.isAnyValid([A.path])
+    valid.registerValidPaths([A])
+    assert valid.isAnyValid([B.path, A.path, C.path])
+
+
+def test_consistentReading(valid, database):
+    """A question that needs several queries sees one state of the database."""
+    valid.registerValidPaths([A])
+    with database.reading() as connection:
+        assert connection.execute("select count(*) from ValidPaths").fetchone() == (1,)
+        valid.registerValidPaths([B])
+        assert connection.execute("select count(*) from ValidPaths").fetchone() == (1,)
+    assert len(valid.queryAllValidPaths()) == 2
+
+
+# --- beside real Nix --------------------------------------------------------------------------------------
+
+
+@pytest.mark.interop
+def test_sameTables(layout, nix, tmp_path):
+    """A new store of ours has the tables, columns, keys, indices and triggers of one made by real Nix."""
+    ours = replace(layout, realStoreDir=str(tmp_path / "store"), stateDir=str(tmp_path / "state"))
+    prepareDirectories(ours, 0)
+    Database(ours).close()
+    nix("--verify")
+    assert columns(ours.dbPath) == columns(layout.dbPath)
+
+
+@pytest.mark.interop
+def test_sameFiles(layout, nix, tmp_path):
+    """It also has the same files with the same modes, but for what Nix makes for the user who runs it."""
+
+    def listing(state, store):
+        found = {}
+        for top in (state, store):
+            for directory, directories, files in os.walk(top):
+                for path in (f"{directory}/{name}" for name in directories + files):
+                    status = os.lstat(path)
+                    size = status.st_size if os.path.basename(path) in ("schema", "reserved") else None
+                    found[os.path.relpath(path, top)] = (oct(status.st_mode), status.st_gid, size)
+        return found
+
+    ours = replace(layout, realStoreDir=str(tmp_path / "store"), stateDir=str(tmp_path / "state"))
+    LocalStore(ours).close()
+    nix("--verify")
+    theirs = listing(layout.stateDir, layout.realStoreDir)
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+    for name in (f"profiles/per-user/{user}", f"gcroots/per-user/{user}", "gc.lock"):
+        theirs.pop(name, None)
+    assert listing(ours.stateDir, ours.realStoreDir) == theirs
+    assert os.stat(ours.realStoreDir).st_mode == os.stat(layout.realStoreDir).st_mode

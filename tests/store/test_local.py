@@ -1,0 +1,389 @@
+"""
+L{nixserve.store.local}: the contract on disk, and what only a store on disk has.
+"""
+
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import tempfile
+import threading
+import unittest
+from dataclasses import replace
+
+import pytest
+
+from nixserve.codec.hashes import hashBytes
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.errors import StoreError
+from nixserve.store import adding
+from nixserve.store.api import Busy
+from nixserve.store.layout import StoreLayout
+from nixserve.store.local import LocalStore
+from nixserve.testing import Executable, StoreContract, addObject, makeInfo, makeNar
+
+HELLO = makeNar(b"hello\n")
+TREE = makeNar({"bin": {"run": Executable(b"#!/bin/sh\n"), "link": "run"}, "empty": {}, "f": b"x" * 100_000})
+
+
+def openFiles():
+    """What this process has open, but for what the interpreter opens at will."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            continue
+    return sorted(found)
+
+
+class LocalStoreTests(StoreContract, unittest.TestCase):
+    """LocalStore keeps the contract."""
+
+    def makeStore(self):
+        root = tempfile.mkdtemp(prefix="nixserve-test-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self.addCleanup(shutil.rmtree, root)
+        self.addCleanup(subprocess.run, ["chmod", "-R", "u+w", root], check=False)
+        self.root = root
+        return LocalStore(StoreLayout.underRoot(root), reservedSize=0)
+
+    def collectGarbage(self, store):
+        program = shutil.which("nix-store")
+        if program is None:
+            self.skipTest("no nix-store on PATH")
+        subprocess.run([program, "--store", self.root, "--gc"], check=True, capture_output=True, timeout=60)
+
+
+# --- what lies on disk ------------------------------------------------------------------------------------
+
+
+def test_canonicalFiles(store, layout):
+    """An object lies at its physical path with canonical metadata, and its lock file is gone."""
+    info = makeInfo("x", TREE)
+    session = store.openSession()
+    addObject(session, info, TREE)
+    real = layout.realPath(info.path)
+    modes = {}
+    for directory, directories, files in os.walk(real):
+        for name in [directory, *(f"{directory}/{entry}" for entry in directories + files)]:
+            found = os.lstat(name)
+            assert (found.st_mtime, found.st_uid) == (1, os.geteuid())
+            modes[os.path.relpath(name, real)] = stat.S_IMODE(found.st_mode)
+    assert (modes["."], modes["bin/run"], modes["f"]) == (0o555, 0o555, 0o444)
+    assert not os.path.lexists(real + ".lock")
+
+
+def test_importedDirectoryIsCanonical(store, layout):
+    """Renaming an imported directory leaves its metadata as they were restored; nothing else stays."""
+    path = makeInfo("x", TREE).path
+    session = store.openSession()
+    writer = session.importPath()
+    writer.feed(TREE)
+    writer.finish(path, [], None)
+    found = os.lstat(layout.realPath(path))
+    assert (stat.S_IMODE(found.st_mode), found.st_mtime) == (0o555, 1)
+    assert set(os.listdir(layout.realStoreDir)) == {".links", path.baseName}
+
+
+def test_leftoverIsReplaced(store, layout):
+    """What lies in the place of a path that is not valid is removed first."""
+    info = makeInfo("x", HELLO)
+    os.makedirs(layout.realPath(info.path) + "/left/over")
+    os.chmod(layout.realPath(info.path), 0o555)
+    session = store.openSession()
+    addObject(session, info, HELLO)
+    assert b"".join(session.narFromPath(info.path)) == HELLO
+
+
+def test_validBetween(store, monkeypatch):
+    """A path that becomes valid between the first look and the lock is left alone."""
+    info = makeInfo("x", HELLO)
+    original = adding.PathLocks
+
+    def race(paths):
+        monkeypatch.setattr(adding, "PathLocks", original)
+        addObject(store.openSession(), info, HELLO)
+        inodes.append(os.stat(store.layout.realPath(info.path)).st_ino)
+        return original(paths)
+
+    inodes = []
+    monkeypatch.setattr(adding, "PathLocks", race)
+    assert store.openSession().addToStore(info).alreadyValid
+    assert os.stat(store.layout.realPath(info.path)).st_ino == inodes[0]
+    assert not os.path.exists(store.layout.realPath(info.path) + ".lock")
+
+
+def test_debris(store, layout):
+    """A failure leaves the object and an empty lock file, as with Nix. An import leaves nothing of its own."""
+    info = makeInfo("x", HELLO)
+    session = store.openSession()
+    with pytest.raises(StoreError):
+        addObject(session, replace(info, narHash=hashBytes("sha256", b"")), HELLO)
+    real = layout.realPath(info.path)
+    assert os.path.exists(real)
+    assert os.path.getsize(real + ".lock") == 0
+    writer = session.importPath()
+    writer.feed(TREE[:-8])
+    writer.abort()
+    assert set(os.listdir(layout.realStoreDir)) == {".links", os.path.basename(real), os.path.basename(real) + ".lock"}
+
+
+def test_surplusIsNotKept(store):
+    """A NAR that is far shorter than announced does not make us keep what follows it."""
+    info = makeInfo("x", HELLO, narSize=10**12)
+    writer = store.openSession().addToStore(info)
+    writer.feed(HELLO)
+    with pytest.raises(StoreError, match="size mismatch"):
+        writer.feed(bytes(1000))
+
+
+def test_sessionClosesEverything(store):
+    """A session that ends in the middle of everything leaves no file open and no temporary roots."""
+    nar = makeNar(bytes(1_000_000))
+    info = makeInfo("big", nar)
+    first = store.openSession()
+    addObject(first, info, nar)
+    first.close()
+    before = openFiles()
+    session = store.openSession()
+    streams = [session.narFromPath(info.path), session.exportPaths([info.path])]
+    for stream in streams:
+        next(stream)
+    writer = session.addToStore(makeInfo("tree", TREE))
+    writer.feed(TREE[:1500])
+    importer = session.importPath()
+    importer.feed(TREE[:1500])
+    assert openFiles() != before
+    session.close()
+    assert openFiles() == before
+    assert os.listdir(store.layout.tempRootsDir) == []
+
+
+def test_closeGoesOnAfterFailure(store, monkeypatch):
+    """If one thing cannot be freed, the others are, and the failure is reported."""
+    session = store.openSession()
+    session.addToStore(makeInfo("a", HELLO)).feed(HELLO[:60])
+    writer = session.addToStore(makeInfo("b", HELLO))
+
+    def fail():
+        raise OSError("no")
+
+    monkeypatch.setattr(writer, "abort", fail)
+    with pytest.raises(OSError, match="no"):
+        session.close()
+    session.close()
+    assert os.listdir(store.layout.tempRootsDir) == []
+    store.openSession().addToStore(makeInfo("a", HELLO)).abort()
+
+
+def test_exportOfChangedPath(store, layout):
+    """An object that is not what was registered does not leave the store as if it were."""
+    info = makeInfo("x", HELLO)
+    session = store.openSession()
+    addObject(session, info, HELLO)
+    os.chmod(layout.realPath(info.path), 0o644)
+    with open(layout.realPath(info.path), "w") as file:
+        file.write("changed")
+    with pytest.raises(StoreError, match=r"hash of path '.*' has changed from 'sha256:.*' to 'sha256:.*'"):
+        b"".join(session.exportPaths([info.path]))
+
+
+def test_databaseBusy(store, layout):
+    """Another writer in the database makes finishing busy; a later try succeeds."""
+    info = makeInfo("x", HELLO)
+    session = store.openSession()
+    writer = session.addToStore(info)
+    writer.feed(HELLO)
+    other = sqlite3.connect(layout.dbPath, isolation_level=None)
+    other.execute("begin immediate")
+    with pytest.raises(Busy):
+        writer.finish()
+    assert session.queryValidPaths([info.path]) == set()
+    other.execute("commit")
+    other.close()
+    writer.finish()
+    assert session.queryValidPaths([info.path]) == {info.path}
+
+
+def test_manyThreads(store):
+    """Sessions in many threads add the same and different objects; each ends up valid."""
+    shared = [makeInfo(f"shared-{number}", makeNar(b"%d" % number)) for number in range(20)]
+    failures = []
+
+    def work(worker):
+        session = store.openSession()
+        try:
+            own = [(f"own-{worker}-{number}", b"%d-%d" % (worker, number)) for number in range(10)]
+            todo = [(info, makeNar(b"%d" % number)) for number, info in enumerate(shared)]
+            todo += [(makeInfo(name, makeNar(data)), makeNar(data)) for name, data in own]
+            for info, nar in todo:
+                while True:
+                    try:
+                        writer = session.addToStore(info)
+                        break
+                    except Busy:
+                        threading.Event().wait(0.005)
+                writer.feed(nar)
+                writer.finish()
+                assert b"".join(session.narFromPath(info.path)) == nar
+        except Exception as error:
+            failures.append(error)
+        finally:
+            session.close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    assert len(store.validPaths.queryAllValidPaths()) == 80
+
+
+def test_readOnly(store, layout):
+    """A store opened read-only answers, beside a writer, and refuses to write."""
+    info = makeInfo("x", HELLO)
+    addObject(store.openSession(), info, HELLO)
+    reader = LocalStore(replace(layout, readOnly=True))
+    session = reader.openSession()
+    assert session.queryValidPaths([info.path]) == {info.path}
+    for use in (session.addTempRoots, lambda paths: session.addToStore(info), lambda paths: session.importPath()):
+        with pytest.raises(StoreError, match="read-only"):
+            use([info.path])
+    other = makeInfo("y", HELLO)
+    addObject(store.openSession(), other, HELLO)
+    assert session.queryValidPaths([other.path]) == {other.path}
+    reader.close()
+
+
+@pytest.mark.parametrize("writer", ["open", "closed", "crashed"])
+def test_readOnlyForAnotherUser(root, layout, writer, asNobody):
+    """Somebody without any right to write can read, whatever the last writer did."""
+    os.chmod(root, 0o755)
+    info = makeInfo("x", TREE)
+    if writer == "crashed":
+        if os.fork() == 0:
+            addObject(LocalStore(layout, reservedSize=0).openSession(), info, TREE)
+            os._exit(0)
+        os.wait()
+        assert os.path.exists(layout.dbPath + "-wal")
+    else:
+        store = LocalStore(layout, reservedSize=0)
+        addObject(store.openSession(), info, TREE)
+        if writer == "closed":
+            store.close()
+    asNobody(
+        f"""
+store = LocalStore(parseStoreURI({root + "?read-only=true"!r}, StoreDefaults()))
+session = store.openSession()
+path = StorePath({info.path!r})
+assert session.queryPathInfos([path])[path].narSize == {len(TREE)}
+assert len(b"".join(session.narFromPath(path))) == {len(TREE)}
+store.close()
+"""
+    )
+    if writer == "open":
+        store.close()
+
+
+def test_importAsOrdinaryUser(root, asNobody):
+    """An ordinary user can rename imported directories that nobody may write to."""
+    os.chown(root, 65534, 65534)
+    nar = makeNar({"bin": {"run": Executable(b"#!/bin/sh\n")}, "empty": {}})
+    asNobody(
+        f"""
+store = LocalStore(StoreLayout.underRoot({root!r}), reservedSize=0)
+session = store.openSession()
+writer = session.importPath()
+writer.feed({nar!r})
+path = StorePath({makeInfo("x", nar).path!r})
+writer.finish(path, [], None)
+assert b"".join(session.narFromPath(path)) == {nar!r}
+assert os.lstat(store.layout.realPath(path)).st_mode & 0o777 == 0o555
+store.close()
+"""
+    )
+
+
+# --- beside real Nix --------------------------------------------------------------------------------------
+
+
+@pytest.mark.interop
+def test_nixVerifies(store, nix):
+    """Real Nix finds nothing wrong with what we added, and answers the same."""
+    session = store.openSession()
+    a = makeInfo("a", HELLO)
+    addObject(session, a, HELLO)
+    b = makeInfo("b", TREE, [a.path], deriver=makeInfo("b.drv", b"").path)
+    addObject(session, b, TREE)
+    writer = session.importPath()
+    writer.feed(TREE)
+    imported = makeInfo("imported", TREE, [b.path]).path
+    writer.finish(imported, [imported, b.path], None)
+    nix("--verify", "--check-contents")
+    paths = [a.path, b.path, imported]
+    assert nix("-q", "--hash", *paths).split() == [
+        str(session.queryPathInfos([path])[path].narHash).encode() for path in paths
+    ]
+    assert set(nix("-q", "--references", imported).decode().split()) == {imported, b.path}
+    assert nix("-q", "--deriver", b.path).decode().strip() == b.deriver
+    assert set(nix("-q", "--requisites", imported).decode().split()) == session.queryClosure([imported])
+    assert b"".join(session.exportPaths(paths)) == nix("--export", *paths)
+    assert b"".join(session.narFromPath(b.path)) == nix("--dump", store.layout.realPath(b.path))
+
+
+@pytest.mark.interop
+def test_opensNixStore(layout, nix, tmp_path):
+    """A store made by real Nix opens; both add to it in turn and see what the other did."""
+    (tmp_path / "hello.txt").write_bytes(b"hello\n")
+    first = StorePath(nix("--add", str(tmp_path / "hello.txt")).decode().strip())
+    store = LocalStore(layout, reservedSize=0)
+    session = store.openSession()
+    info = session.queryPathInfos([first])[first]
+    assert (info.narSize, str(info.ca)) == (
+        120,
+        "fixed:r:sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw",
+    )
+    assert info.isContentAddressed(StoreDir())
+    for number in range(5):
+        nar = makeNar(b"%d" % number)
+        ours = makeInfo(f"ours-{number}", nar, [first])
+        addObject(session, ours, nar)
+        assert nix("-q", "--references", ours.path).decode().strip() == first
+        (tmp_path / "theirs").write_text(str(number))
+        theirs = StorePath(nix("--add", str(tmp_path / "theirs")).decode().strip())
+        assert session.queryValidPaths([theirs]) == {theirs}
+    nix("--verify", "--check-contents")
+    store.close()
+
+
+@pytest.mark.interop
+def test_derivationOutputs(store, nix):
+    """Real Nix knows the outputs of a derivation that we registered."""
+    out, dev = "/nix/store/1f5018jnvzb10jsijwrp0hyklh9hmmsg-foo", "/nix/store/7zhc9sliq14lz2f1yc1d68fi9njpfhr1-foo-dev"
+    nar = makeNar(StoreContract.derivationText(None, out, dev))
+    drv = StorePath("/nix/store/vq69sqp8jpimmv62milrq467xk9wkkg0-foo.drv")
+    addObject(store.openSession(), makeInfo("foo.drv", nar, path=drv), nar)
+    assert nix("-q", "--outputs", drv).decode().split() == [out, dev]
+
+
+@pytest.mark.interop
+def test_nixCollects(store, layout, nix):
+    """Real Nix collects what no session keeps, debris too, while others are being added, and the store stays sound."""
+    session = store.openSession()
+    dead = makeInfo("dead", TREE)
+    doomed = store.openSession()
+    addObject(doomed, dead, TREE)
+    with pytest.raises(StoreError):
+        addObject(doomed, makeInfo("debris", HELLO, narSize=121), HELLO)
+    doomed.close()
+    kept = makeInfo("kept", HELLO)
+    writer = session.addToStore(kept)
+    writer.feed(HELLO[:100])
+    nix("--gc")
+    writer.feed(HELLO[100:])
+    writer.finish()
+    assert set(os.listdir(layout.realStoreDir)) == {".links", kept.path.baseName}
+    assert session.queryValidPaths([dead.path, kept.path]) == {kept.path}
+    nix("--verify", "--check-contents")
