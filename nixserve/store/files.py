@@ -18,7 +18,6 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Self
 
 from nixserve.codec.hashes import Hash
 from nixserve.codec.nar import (
@@ -37,6 +36,7 @@ from nixserve.codec.nar import (
     symlinkNode,
 )
 from nixserve.errors import NixServeError, StoreError
+from nixserve.store.walk import Walk, chmodNode, failure, lstatNode, unsupported
 
 __all__ = [
     "CHUNK_SIZE",
@@ -52,15 +52,10 @@ __all__ = [
 CHUNK_SIZE = 256 * 1024
 # A file up to this size is read in one go and joined with its neighbours.
 _SMALL_FILE = 64 * 1024
-# Descriptors of directories that one walk holds at most: deep trees are rare, threads that walk are not.
-_MAX_OPEN = 32
 
-_PARENT_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK, so that a FIFO put in the place of a file is an error and no wait.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NODE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # The modification time of everything in a store: one second after the epoch (Nix, local-store.cc:mtimeStore).
 _MTIME_NS = 1_000_000_000
@@ -68,111 +63,6 @@ _MTIME_NS = 1_000_000_000
 _IGNORED_XATTRS = frozenset(("security.selinux", "system.nfs4_acl", "security.csm"))
 # What a directory with this attribute hands down to all that is created in it.
 _INHERITED_ACL = "system.posix_acl_default"
-
-
-class _Walk:
-    """
-    The way from the directory that contains a tree down to the current directory.
-
-    Only the last few directories on it are open. Going back up to one that is not uses C{..} and checks where that
-    led, in case somebody moves directories about.
-
-    @ivar base: the name of the tree in the directory that contains it, where the walk starts.
-    @ivar fd: descriptor of the current directory.
-    """
-
-    __slots__ = ("_fds", "_ids", "_lowest", "_names", "base", "fd")
-
-    def __init__(self, path: str) -> None:
-        parent, base = os.path.split(os.fsencode(path).rstrip(b"/"))
-        self.base = base
-        self.fd = os.open(parent or (b"." if base else b"/"), _PARENT_FLAGS)
-        # For each directory on the way its name, its descriptor or -1, and if -1 its device and inode. The first one
-        # is always open; among the others those from _lowest on are.
-        self._names = [parent]
-        self._fds = [self.fd]
-        self._ids: list[tuple[int, int] | None] = [None]
-        self._lowest = 1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *excInfo: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all descriptors. Safe to call twice."""
-        while self._fds:
-            fd = self._fds.pop()
-            if fd >= 0:
-                os.close(fd)
-
-    def path(self, name: bytes | str = b"") -> str:
-        """The path of C{name} in the current directory, for a message."""
-        return os.fsdecode(b"/".join([*self._names, os.fsencode(name)] if name else self._names))
-
-    def enter(self, name: bytes) -> None:
-        """Go down into a directory."""
-        fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd)
-        self._names.append(name)
-        self._fds.append(fd)
-        self._ids.append(None)
-        self.fd = fd
-        if len(self._fds) - self._lowest >= _MAX_OPEN:
-            self._ids[self._lowest] = _identity(self._fds[self._lowest])
-            os.close(self._fds[self._lowest])
-            self._fds[self._lowest] = -1
-            self._lowest += 1
-
-    def leave(self) -> bytes:
-        """
-        Go back up.
-
-        @return: the name of the directory left.
-        """
-        if self._fds[-2] < 0:
-            parent = os.open(b"..", _DIRECTORY_FLAGS, dir_fd=self.fd)
-            self._fds[-2] = parent
-            self._lowest -= 1
-            if _identity(parent) != self._ids[-2]:
-                raise StoreError(f"directory '{self.path()}' was moved away while it was being read or written")
-        os.close(self._fds.pop())
-        self._ids.pop()
-        self.fd = self._fds[-1]
-        return self._names.pop()
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    """What tells a file from any other: device and inode."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
-
-
-def _lstat(name: bytes | str, dirFd: int) -> os.stat_result:
-    """The status of C{name} itself in a directory."""
-    return os.stat(name, dir_fd=dirFd, follow_symlinks=False)
-
-
-def _failure(doing: str, path: str, error: OSError) -> StoreError:
-    """The error that tells of C{error}."""
-    return StoreError(f"cannot {doing} '{path}': {error.strerror}")
-
-
-def _unsupported(path: str) -> StoreError:
-    """The error that tells of a socket, FIFO or device."""
-    return StoreError(
-        f"file '{path}' has an unsupported type: a store holds only files, directories and symbolic links"
-    )
-
-
-def _chmodNode(name: bytes | str, dirFd: int, mode: int) -> None:
-    """Set the mode of C{name} even if it cannot be opened; a symbolic link there is an error, not followed."""
-    fd = os.open(name, _NODE_FLAGS, dir_fd=dirFd)
-    try:
-        # fchmod(2) refuses such a descriptor; through /proc it names exactly the file that was opened.
-        os.chmod(f"/proc/self/fd/{fd}", mode)
-    finally:
-        os.close(fd)
 
 
 class _Chunks:
@@ -227,13 +117,13 @@ def dumpPath(path: str, chunkSize: int = CHUNK_SIZE) -> Iterator[bytes]:
     name = b""
     chunks = _Chunks(chunkSize)
     try:
-        walk = _Walk(path)
+        walk = Walk(path)
     except OSError as error:
-        raise _failure("read", path, error) from error
+        raise failure("read", path, error) from error
     with walk:
         try:
             name = walk.base
-            levels = [iter([(name, stat.S_IFMT(_lstat(name, walk.fd).st_mode))])]
+            levels = [iter([(name, stat.S_IFMT(lstatNode(name, walk.fd).st_mode))])]
             while levels:
                 # The root of a NAR has no name.
                 title = b""
@@ -252,7 +142,7 @@ def dumpPath(path: str, chunkSize: int = CHUNK_SIZE) -> Iterator[bytes]:
                         if chunk := chunks.add(symlinkNode(title, os.readlink(name, dir_fd=walk.fd))):
                             yield chunk
                     else:
-                        raise _unsupported(walk.path(name))
+                        raise unsupported(walk.path(name))
                 else:
                     levels.pop()
                     if levels:
@@ -260,7 +150,7 @@ def dumpPath(path: str, chunkSize: int = CHUNK_SIZE) -> Iterator[bytes]:
                         if chunk := chunks.add(directoryEnd(name if len(levels) > 1 else b"")):
                             yield chunk
         except OSError as error:
-            raise _failure("read", walk.path(name), error) from error
+            raise failure("read", walk.path(name), error) from error
     if chunk := chunks.flush():
         yield chunk
 
@@ -283,7 +173,7 @@ def _sortedEntries(fd: int) -> list[tuple[bytes, int]]:
     return entries
 
 
-def _dumpRegular(walk: _Walk, name: bytes, title: bytes, chunks: _Chunks) -> Iterator[bytes]:
+def _dumpRegular(walk: Walk, name: bytes, title: bytes, chunks: _Chunks) -> Iterator[bytes]:
     """
     The part of a NAR that is a regular file.
 
@@ -293,7 +183,7 @@ def _dumpRegular(walk: _Walk, name: bytes, title: bytes, chunks: _Chunks) -> Ite
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise _unsupported(walk.path(name))
+            raise unsupported(walk.path(name))
         size = status.st_size
         start = regularStart(title, bool(status.st_mode & stat.S_IXUSR), size)
         # One byte more than there should be, to see whether there is.
@@ -371,9 +261,9 @@ class PathRestorer:
         # Access time is nobody's concern, but must be given with the other.
         self._times = (time.time_ns(), _MTIME_NS)
         try:
-            self._walk = _Walk(target)
+            self._walk = Walk(target)
         except OSError as error:
-            raise _failure("write", target, error) from error
+            raise failure("write", target, error) from error
         self._name = self._walk.base
         self._open = True
 
@@ -405,7 +295,7 @@ class PathRestorer:
             self._apply(events)
         except OSError as error:
             self.abort()
-            raise _failure("write", self._walk.path(self._name), error) from error
+            raise failure("write", self._walk.path(self._name), error) from error
         except NixServeError:
             self.abort()
             raise
@@ -496,7 +386,7 @@ class PathRestorer:
             self._walk.enter(name)
         except PermissionError:
             # An umask that denies the owner.
-            _chmodNode(name, self._walk.fd, 0o755)
+            chmodNode(name, self._walk.fd, 0o755)
             self._walk.enter(name)
         os.fchmod(self._walk.fd, 0o755)
 
@@ -556,9 +446,9 @@ def canonicalisePathMetaData(
     seen = set() if inodesSeen is None else inodesSeen
     name = b""
     try:
-        walk = _Walk(path)
+        walk = Walk(path)
     except OSError as error:
-        raise _failure("canonicalise", path, error) from error
+        raise failure("canonicalise", path, error) from error
     with walk:
         try:
             levels = [[walk.base]]
@@ -574,21 +464,21 @@ def canonicalisePathMetaData(
                     if levels:
                         name = walk.leave()
         except OSError as error:
-            raise _failure("canonicalise", walk.path(name), error) from error
+            raise failure("canonicalise", walk.path(name), error) from error
 
 
-def _canonicaliseNode(walk: _Walk, name: bytes, builderUids: range | None, seen: set[tuple[int, int]]) -> bool:
+def _canonicaliseNode(walk: Walk, name: bytes, builderUids: range | None, seen: set[tuple[int, int]]) -> bool:
     """
     Canonicalise one file, not what is in it.
 
     @return: whether it is a directory.
     """
-    status = _lstat(name, walk.fd)
+    status = lstatNode(name, walk.fd)
     mode = stat.S_IMODE(status.st_mode)
     directory = stat.S_ISDIR(status.st_mode)
     link = stat.S_ISLNK(status.st_mode)
     if not (directory or link or stat.S_ISREG(status.st_mode)):
-        raise _unsupported(walk.path(name))
+        raise unsupported(walk.path(name))
     if builderUids is not None and status.st_uid not in builderUids:
         if directory or (status.st_dev, status.st_ino) not in seen:
             raise StoreError(f"invalid ownership on file '{walk.path(name)}': it does not belong to the builder")
@@ -597,7 +487,7 @@ def _canonicaliseNode(walk: _Walk, name: bytes, builderUids: range | None, seen:
     _removeXattrs(f"/proc/self/fd/{walk.fd}/".encode() + name)
     wanted = mode if link else 0o555 if directory or mode & stat.S_IXUSR else 0o444
     if mode != wanted:
-        _chmodNode(name, walk.fd, wanted)
+        chmodNode(name, walk.fd, wanted)
     if status.st_mtime_ns != _MTIME_NS:
         os.utime(name, ns=(status.st_atime_ns, _MTIME_NS), dir_fd=walk.fd, follow_symlinks=False)
     if status.st_uid != os.geteuid():
@@ -629,11 +519,11 @@ def deletePath(path: str) -> int:
     name: bytes | str = b""
     freed = 0
     try:
-        walk = _Walk(path)
+        walk = Walk(path)
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise _failure("delete", path, error) from error
+        raise failure("delete", path, error) from error
     with walk:
         try:
             levels: list[list[bytes | str]] = [[walk.base]]
@@ -641,7 +531,7 @@ def deletePath(path: str) -> int:
                 if levels[-1]:
                     name = levels[-1].pop()
                     with suppress(FileNotFoundError):
-                        status = _lstat(name, walk.fd)
+                        status = lstatNode(name, walk.fd)
                         if stat.S_ISDIR(status.st_mode):
                             _enterToDelete(walk, os.fsencode(name), status.st_mode)
                             name = b""
@@ -657,11 +547,11 @@ def deletePath(path: str) -> int:
                     with suppress(FileNotFoundError):
                         os.rmdir(name, dir_fd=walk.fd)
         except OSError as error:
-            raise _failure("delete", walk.path(name), error) from error
+            raise failure("delete", walk.path(name), error) from error
 
 
-def _enterToDelete(walk: _Walk, name: bytes, mode: int) -> None:
+def _enterToDelete(walk: Walk, name: bytes, mode: int) -> None:
     """Go into a directory and make sure that its entries can be listed and deleted."""
     if mode & stat.S_IRWXU != stat.S_IRWXU:
-        _chmodNode(name, walk.fd, stat.S_IMODE(mode) | stat.S_IRWXU)
+        chmodNode(name, walk.fd, stat.S_IMODE(mode) | stat.S_IRWXU)
     walk.enter(name)
