@@ -1,0 +1,3 @@
+"""
+What people run: the C{nixserve} and C{nixserve-store} commands and the C{twistd} plugin.
+"""

@@ -1,0 +1,110 @@
+"""
+What a run of C{nixserve demo} looks like.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from nixserve.app.demonstration import HOST, Copy, Narrator, Server
+from nixserve.app.sample import Sample
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.protocol.copying import CopyProgress
+
+__all__ = ["Bar", "PrintingNarrator", "formatBytes"]
+
+_COLUMNS = "  {:<14}{:>6}{:>13}{:>11}{:>14}"
+
+
+class PrintingNarrator(Narrator):
+    """
+    Prints a line for each step, and bars for the copies if somebody is watching.
+    """
+
+    def __init__(self) -> None:
+        self._isTable = False
+
+    def made(self, sample: Sample, seconds: float) -> None:
+        """See L{Narrator}."""
+        _step(
+            "closure",
+            f"{sample.paths} store paths that refer to each other: {sample.files} files ({sample.executables} "
+            f"executable), {sample.links} links, {formatBytes(sample.narBytes)}",
+        )
+
+    def connected(self, server: Server) -> None:
+        """See L{Narrator}."""
+        _step("endpoint", f"the service of 'twistd nixserve', on {HOST}:{server.port}, with an empty store")
+        _step(
+            "client",
+            f"{server.client}, logged in after {server.loginSeconds:.2f} s; "
+            f"protocol {server.version >> 8}.{server.version & 0xFF}",
+        )
+
+    def progress(self, what: str) -> CopyProgress:
+        """See L{Narrator}."""
+        return Bar(what) if sys.stderr.isatty() else CopyProgress()
+
+    def copied(self, what: str, copy: Copy) -> None:
+        """See L{Narrator}."""
+        if not self._isTable:
+            self._isTable = True
+            click.echo()
+            click.secho(_COLUMNS.format("", "paths", "bytes", "time", "rate"), dim=True)
+        size = copy.copied.narBytes
+        rate = f"{size / copy.seconds / 1e6:.1f} MB/s" if size else "all there"
+        cells = (what, len(copy.copied.infos), formatBytes(size), f"{copy.seconds:.3f} s", rate)
+        click.echo(_COLUMNS.format(*map(str, cells)))
+
+    def checked(self, paths: int, narBytes: int, seconds: float) -> None:
+        """See L{Narrator}."""
+        click.echo()
+        click.secho("  ✓ ", fg="green", bold=True, nl=False)
+        click.echo(f"hashed all {paths} paths in the last store: contents, sizes and references are those of the first")
+
+
+class Bar(CopyProgress):
+    """
+    A bar on standard error with bytes, rate and time left; it vanishes when everything has been copied.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: tqdm[Any] | None = None
+        self._left = 0
+
+    def planned(self, infos: Any, present: int) -> None:
+        """See L{CopyProgress}."""
+        self._left = len(infos)
+        if infos:
+            total = sum(info.narSize for info in infos)
+            self._bar = tqdm(total=total, desc=f"  {self._what}", unit="B", unit_scale=True, leave=False)
+
+    def moved(self, size: int) -> None:
+        """See L{CopyProgress}."""
+        if self._bar is not None:
+            self._bar.update(size)
+
+    def copied(self, info: ValidPathInfo) -> None:
+        """See L{CopyProgress}."""
+        self._left -= 1
+        if not self._left and self._bar is not None:
+            self._bar.close()
+
+
+def formatBytes(size: int) -> str:
+    """A size as people say it: C{12.3 MB}."""
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.95 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _step(title: str, text: str) -> None:
+    click.secho(f"  {title:<10}", bold=True, nl=False)
+    click.echo(text)

@@ -1,0 +1,328 @@
+"""
+The service that C{twistd nixserve} runs: a store, an SSH endpoint and a unix socket.
+
+Loading this module does nothing, and neither does making the service: files are opened and ports listened on when
+it starts.
+"""
+
+from __future__ import annotations
+
+import gc
+import ipaddress
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from twisted.application.service import IService, Service
+from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
+from twisted.internet.endpoints import UNIXServerEndpoint, serverFromString
+from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
+from twisted.internet.protocol import Factory
+from twisted.logger import Logger
+from twisted.python import usage
+from twisted.python.failure import Failure
+
+from nixserve import __version__
+from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, readConfig, storeDefaults
+from nixserve.errors import FormatError, NixServeError, UsageError
+from nixserve.protocol.policy import Policy
+from nixserve.protocol.relay import RelayFactory
+from nixserve.protocol.server import ServeSessions
+from nixserve.protocol.workers import Workers
+from nixserve.ssh.authorizedkeys import fingerprint, parseAuthorizedKey
+from nixserve.ssh.keys import AuthorizedKeysChecker, AuthorizedKeysFile, loadHostKey
+from nixserve.ssh.server import ServeFactory, ServeRealm
+from nixserve.store.layout import StoreLayout, parseStoreURI
+from nixserve.store.local import LocalStore
+from twisted import __version__ as twistedVersion
+
+__all__ = ["FORCED_COMMAND", "CommandService", "Options", "ServeService", "makeService"]
+
+FORCED_COMMAND = "nix-store --serve --write"
+"""What the invoking user's own keys may run when C{authorized_keys} is made at the first start."""
+
+
+class Options(usage.Options):
+    """The command line of C{twistd nixserve}."""
+
+    synopsis = "[options]"
+    longdesc = (
+        "Serve a Nix store over SSH to unmodified Nix clients (nix copy --to ssh://...). Without options: a store "
+        "of its own under the state directory, on port 2222 of the loopback interface. Every option may also stand "
+        "in a TOML file given with --config; the command line wins."
+    )
+    optParameters: ClassVar[list[list[Any]]] = [
+        ["config", "c", None, "TOML file with any of the other options as its keys"],
+        ["store", None, None, "store to serve, as Nix spells it: /absolute/root, local?root=..., auto [STATE/store]"],
+        ["state", None, None, "directory of host key, authorized_keys, socket and embedded store"],
+        ["authorized-keys", None, None, "who is let in, in OpenSSH's format; re-read when it changes"],
+        ["host-key", None, None, "private host key, made if missing"],
+        ["default-rights", None, None, "rights of keys without a forced command: read, or read,write,build,trust"],
+        ["socket", None, None, "unix socket for 'nixserve-store --connect'"],
+    ]
+    compData = usage.Completions(
+        optActions={
+            "config": usage.CompleteFiles("*.toml"),
+            "state": usage.CompleteDirs(),
+            "authorized-keys": usage.CompleteFiles(),
+            "host-key": usage.CompleteFiles(),
+            "socket": usage.CompleteFiles(),
+        }
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self["listen"] = []
+        self._isWrong = False
+
+    def parseOptions(self, options: Sequence[str] | None = None) -> None:
+        """As L{usage.Options.parseOptions}."""
+        try:
+            super().parseOptions(options)
+        except usage.UsageError:
+            self._isWrong = True
+            raise
+
+    def getUsage(self, width: int | None = None) -> str:
+        """
+        The help. twistd prints it in front of each complaint about the options, of which it would fill the screen: a
+        pointer to it is enough there.
+        """
+        return "See twistd nixserve --help." if self._isWrong else str(super().getUsage(width))
+
+    def opt_version(self) -> None:
+        """Print the version of nixserve and exit."""
+        print(f"nixserve {__version__}, with Twisted {twistedVersion}")
+        raise SystemExit(0)
+
+    def opt_listen(self, endpoint: str) -> None:
+        """Endpoint of the SSH port, may be repeated [tcp:2222:interface=127.0.0.1]"""
+        self["listen"].append(endpoint)
+
+    opt_l = opt_listen
+
+    def postOptions(self) -> None:
+        """Check what can be checked without touching anything."""
+        try:
+            self.settings = self._complete()
+            Policy.parse(self.settings.defaultRights)
+            parseStoreURI(self.settings.store, storeDefaults(os.environ))
+        except UsageError as e:
+            raise usage.UsageError(str(e)) from e
+
+    def _complete(self) -> ServiceSettings:
+        config = readConfig(self["config"]) if self["config"] else {}
+        given = {key: self[key] or None for key in CONFIG_KEYS}
+        return ServiceSettings.complete(
+            {**config, **{key: value for key, value in given.items() if value is not None}}, os.environ
+        )
+
+
+def makeService(options: Options) -> IService:
+    """
+    For C{twistd}.
+
+    @param options: parsed.
+    """
+    from twisted.internet import reactor
+
+    return CommandService(options.settings, reactor, os.environ)
+
+
+class ServeService(Service):
+    """
+    The whole service, for any program that has a reactor.
+
+    @ivar settings: what it was told.
+    @ivar sessions: those that are running, once it has started.
+    @ivar ports: what it listens on, once it has started.
+    """
+
+    log = Logger()
+
+    def __init__(self, settings: ServiceSettings, reactor: Any, environ: Mapping[str, str]) -> None:
+        self.setName("nixserve")
+        self.settings = settings
+        self.ports: list[IListeningPort] = []
+        self._reactor = reactor
+        self._environ = environ
+        self._workers: Workers | None = None
+        self._store: LocalStore | None = None
+
+    def startService(self) -> None:
+        """
+        Open the store, then listen.
+
+        @raise NixServeError: the operator has to mend something. Nothing has been started then.
+        """
+        super().startService()
+        try:
+            self._start()
+        except BaseException as e:
+            self._abandon()
+            if isinstance(e, OSError):
+                raise UsageError(f"{e.filename or self.settings.state}: {e.strerror or e}") from e
+            raise
+        # A worker that restores thousands of small files gives the reactor its turn after so many seconds at the latest.
+        # Measured beside such an upload, the slowest answers to another session come in 9 ms instead of 16 to 44.
+        sys.setswitchinterval(0.001)
+        gc.freeze()
+
+    def _start(self) -> None:
+        settings = self.settings
+        os.makedirs(settings.state, mode=0o700, exist_ok=True)
+        layout = parseStoreURI(settings.store, storeDefaults(self._environ))
+        hostKey = loadHostKey(settings.hostKey)
+        policy = Policy.parse(settings.defaultRights)
+        self._prepareAuthorizedKeys()
+        self._store = LocalStore(layout)
+        self._workers = Workers(self._reactor)
+        self._workers.start()
+        self.sessions = ServeSessions(self._store, self._workers, self._reactor, self._isServed(layout))
+        numbers = itertools.count(1)
+        realm = ServeRealm(self.sessions, self._reactor, policy, numbers)
+        checker = AuthorizedKeysChecker(AuthorizedKeysFile(settings.authorizedKeys))
+        self._ssh = ServeFactory(realm, checker, [hostKey], self._reactor)
+        for text in settings.listen:
+            self._listen(text, _endpoint(self._reactor, text), self._ssh)
+        # Owner only: whoever may connect gets what the credentials of the socket give.
+        relays = UNIXServerEndpoint(self._reactor, settings.socket, mode=0o600, wantPID=True)
+        self._listen(f"unix:{settings.socket}", relays, RelayFactory(self.sessions, policy, numbers))
+        self.log.info("serving {store}; the host key is {key}", store=settings.store, key=fingerprint(hostKey.public()))
+
+    def _abandon(self) -> None:
+        """Starting failed half way."""
+        self.running = False
+        for port in self.ports:
+            maybeDeferred(port.stopListening)
+        self.ports.clear()
+        if self._workers is not None:
+            self._workers.stop()
+        if self._store is not None:
+            self._store.close()
+
+    def stopService(self) -> Deferred[None]:
+        """Stop listening, end the sessions, then let go of the store."""
+        super().stopService()
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        await gatherResults([maybeDeferred(port.stopListening) for port in self.ports], consumeErrors=True)
+        self.ports.clear()
+        await self.sessions.stop()
+        self._ssh.loseConnections()
+        assert self._workers is not None and self._store is not None, "it has started"
+        self._workers.stop()
+        self._store.close()
+
+    def _listen(self, text: str, endpoint: IStreamServerEndpoint, factory: Factory) -> None:
+        """
+        @raise UsageError: it cannot be listened on.
+        """
+        # Endpoints of sockets of any kind answer before listen() returns.
+        failures: list[Failure] = []
+
+        def listening(port: IListeningPort) -> None:
+            self.ports.append(port)
+            self.log.info("listening on {endpoint}: {address}", endpoint=text, address=port.getHost())
+
+        maybeDeferred(endpoint.listen, factory).addCallback(listening).addErrback(failures.append)
+        if failures:
+            error = failures[0].value
+            reason = getattr(error, "socketError", error)
+            raise UsageError(f"cannot listen on '{text}': {getattr(reason, 'strerror', None) or reason}") from error
+
+    def _isServed(self, layout: StoreLayout) -> Callable[[str], bool]:
+        """Does a URI lead to the store that is open?"""
+
+        def isServed(uri: str) -> bool:
+            try:
+                return parseStoreURI(uri, storeDefaults(self._environ)) == layout
+            except UsageError:
+                return False
+
+        return isServed
+
+    def _prepareAuthorizedKeys(self) -> None:
+        """
+        At the first start nobody is let in yet. On loopback the one who starts the service is: with the keys that
+        lie in C{~/.ssh}. Anywhere else that would open the store to the network unasked.
+        """
+        path = self.settings.authorizedKeys
+        if os.path.lexists(path):
+            return
+        example = f'command="{FORCED_COMMAND}" ssh-ed25519 AAAA... somebody'
+        keys = list(_ownKeys(homeDir(self._environ) / ".ssh"))
+        if not all(map(_isLoopback, self.settings.listen)) or not keys:
+            self.log.warn("nobody is let in: write lines such as {example} to {path}", example=example, path=path)
+            return
+        _writeNew(path, "".join(f'command="{FORCED_COMMAND}" {key}\n' for key in keys))
+        self.log.warn(
+            "made {path} from {count} public keys in ~/.ssh, each with the forced command {command}",
+            path=path,
+            count=len(keys),
+            command=FORCED_COMMAND,
+        )
+
+
+class CommandService(ServeService):
+    """
+    The service as the whole of a process: what keeps it from starting ends the process with one line.
+    """
+
+    def startService(self) -> None:
+        """
+        As L{ServeService.startService}.
+
+        @raise SystemExit: it cannot start.
+        """
+        try:
+            super().startService()
+        except NixServeError as e:
+            # In the log too: a daemon's standard error leads nowhere.
+            self.log.critical("cannot start: {error}", error=e)
+            raise SystemExit(f"nixserve: error: {e}") from None
+
+
+def _endpoint(reactor: Any, text: str) -> IStreamServerEndpoint:
+    try:
+        endpoint: IStreamServerEndpoint = serverFromString(reactor, text)
+        return endpoint
+    except (ValueError, TypeError, LookupError) as e:
+        raise UsageError(f"'{text}' is no endpoint ({e}); write for example tcp:2222:interface=127.0.0.1") from e
+
+
+def _isLoopback(endpoint: str) -> bool:
+    """Does an endpoint string listen on this machine only? What is not understood does not."""
+    kind, *arguments = endpoint.replace("\\:", "\0").split(":")
+    named = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    interface = named.get("interface", "").replace("\0", ":").strip("[]")
+    try:
+        return kind in ("tcp", "tcp6") and ipaddress.ip_address(interface).is_loopback
+    except ValueError:
+        return kind == "unix" or interface == "localhost"
+
+
+def _ownKeys(directory: Path) -> Iterator[str]:
+    """The public keys of a user, each as one line of authorized_keys without options."""
+    for path in sorted(directory.glob("*.pub")):
+        try:
+            line = path.read_text(encoding="utf-8").strip()
+            if parseAuthorizedKey(line) is not None:
+                yield line
+        except (OSError, UnicodeDecodeError, FormatError):
+            # Not ours to judge: certificates and kinds of keys that we do not take lie there too.
+            continue
+
+
+def _writeNew(path: str, text: str) -> None:
+    """A file that only its owner may read, complete or not at all."""
+    temporary = f"{path}.tmp-{os.getpid()}"
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.rename(temporary, path)

@@ -1,0 +1,134 @@
+"""
+The only reader of the environment and of configuration files. It gives each layer a small value of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nixserve.codec.storepath import StoreDir
+from nixserve.errors import FormatError, UsageError
+from nixserve.store.layout import StoreDefaults, StoreLayout, chooseAutoRoot, parseStoreURI
+
+__all__ = ["ServiceSettings", "chooseStore", "defaultStateDir", "homeDir", "logPath", "readConfig", "storeDefaults"]
+
+Environment = Mapping[str, str]
+
+
+def storeDefaults(environ: Environment) -> StoreDefaults:
+    """
+    What a store URI leaves open.
+
+    @raise UsageError: C{NIX_STORE_DIR} is no store directory.
+    """
+    storeDir = environ.get("NIX_STORE_DIR") or environ.get("NIX_STORE") or "/nix/store"
+    stateDir = environ.get("NIX_STATE_DIR") or "/nix/var/nix"
+    chosen = any(environ.get(name) for name in ("NIX_STORE_DIR", "NIX_STORE", "NIX_STATE_DIR"))
+    data = environ.get("XDG_DATA_HOME") or str(homeDir(environ) / ".local" / "share")
+    try:
+        return StoreDefaults(
+            storeDir=StoreDir(os.path.normpath(storeDir)),
+            stateDir=stateDir,
+            logDir=environ.get("NIX_LOG_DIR") or "/nix/var/log/nix",
+            autoRoot=None if chosen else chooseAutoRoot(stateDir, f"{data}/nix/root"),
+            allowSymlinkedStore=environ.get("NIX_IGNORE_SYMLINK_STORE") == "1",
+        )
+    except FormatError as e:
+        raise UsageError(f"NIX_STORE_DIR: {e}") from e
+
+
+def chooseStore(uri: str | None, environ: Environment) -> StoreLayout:
+    """
+    The store that a command means.
+
+    @param uri: what C{--store} says, if it is given; else C{NIX_REMOTE} counts, else C{auto}.
+    """
+    return parseStoreURI(uri or environ.get("NIX_REMOTE") or "auto", storeDefaults(environ))
+
+
+def homeDir(environ: Environment) -> Path:
+    """The user's home directory."""
+    return Path(environ.get("HOME") or "/")
+
+
+def defaultStateDir(environ: Environment) -> str:
+    """Where the service keeps its own files if nobody says."""
+    if os.geteuid() == 0:
+        return "/var/lib/nixserve"
+    base = environ.get("XDG_STATE_HOME") or str(homeDir(environ) / ".local" / "state")
+    return f"{base}/nixserve"
+
+
+def logPath(environ: Environment) -> str | None:
+    """Where a session on standard streams, which has no log of its own, writes one: C{NIXSERVE_LOG}."""
+    return environ.get("NIXSERVE_LOG") or None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """
+    What the service is told, complete.
+
+    @ivar store: the URI of the store served.
+    @ivar state: directory of the service's own files.
+    @ivar listen: Twisted endpoint strings of the SSH port.
+    @ivar socket: path of the unix socket for relays.
+    """
+
+    store: str
+    state: str
+    listen: tuple[str, ...]
+    authorizedKeys: str
+    hostKey: str
+    defaultRights: str
+    socket: str
+
+    @classmethod
+    def complete(cls, given: Mapping[str, Any], environ: Environment) -> ServiceSettings:
+        """
+        Fill in what is not given.
+
+        @param given: by the names of the options, without the leading dashes; C{None} counts as not given.
+        """
+        options = {name: value for name, value in given.items() if value is not None}
+        state = os.path.abspath(options.get("state") or defaultStateDir(environ))
+        listen = options.get("listen") or ["tcp:2222:interface=127.0.0.1"]
+        return cls(
+            store=options.get("store") or f"{state}/store",
+            state=state,
+            listen=tuple([listen] if isinstance(listen, str) else listen),
+            authorizedKeys=options.get("authorized-keys") or f"{state}/authorized_keys",
+            hostKey=options.get("host-key") or f"{state}/ssh_host_ed25519_key",
+            defaultRights=options.get("default-rights") or "read",
+            socket=options.get("socket") or f"{state}/serve.sock",
+        )
+
+
+CONFIG_KEYS = ("store", "state", "listen", "authorized-keys", "host-key", "default-rights", "socket")
+
+
+def readConfig(path: str) -> dict[str, Any]:
+    """
+    Read a TOML file whose keys are the options of the service.
+
+    @raise UsageError: it cannot be read, is no TOML, or has a key or value that is none of the service's.
+    """
+    try:
+        with open(path, "rb") as stream:
+            config = tomllib.load(stream)
+    except OSError as e:
+        raise UsageError(f"configuration file '{path}': {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"configuration file '{path}' is no TOML: {e}") from e
+    for key, value in config.items():
+        if key not in CONFIG_KEYS:
+            raise UsageError(f"configuration file '{path}': unknown key '{key}'; the keys are {', '.join(CONFIG_KEYS)}")
+        many = isinstance(value, list) and key == "listen" and all(isinstance(item, str) for item in value)
+        if not isinstance(value, str) and not many:
+            raise UsageError(f"configuration file '{path}': the value of '{key}' must be a string")
+    return config

@@ -1,0 +1,82 @@
+"""
+One session on the standard streams of this process, on a store that it opens itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.logger import (
+    FilteringLogObserver,
+    ILogObserver,
+    LogEvent,
+    LogLevel,
+    LogLevelFilterPredicate,
+    globalLogBeginner,
+    textFileLogObserver,
+)
+from zope.interface import provider
+
+from nixserve.app.settings import chooseStore, logPath
+from nixserve.errors import UsageError
+from nixserve.protocol.policy import Peer
+from nixserve.protocol.server import ServeSessions
+from nixserve.protocol.stdio import StdioTransport
+from nixserve.protocol.workers import Workers
+from nixserve.ssh.command import ServeCommand
+from nixserve.store.local import LocalStore
+
+__all__ = ["serveStdio"]
+
+
+def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
+    """
+    Serve until the session ends.
+
+    @return: the exit status.
+    """
+    _startLog(logPath(environ))
+    store = LocalStore(chooseStore(command.storeURI, environ))
+    runner: Any = reactor
+    workers = Workers(runner)
+    sessions = ServeSessions(store, workers, runner)
+    statuses: list[int] = []
+
+    def start() -> None:
+        workers.start()
+        session = sessions.buildSession(command.policy, Peer("stdio", environ.get("SSH_CONNECTION", ""), os.getpid()))
+        transport = StdioTransport(session, runner)
+        transport.exited.addCallback(statuses.append)
+        transport.exited.addCallback(lambda _: sessions.stop())
+        transport.exited.addBoth(lambda _: runner.stop())
+
+    gc.freeze()
+    runner.callWhenRunning(start)
+    runner.run()
+    workers.stop()
+    store.close()
+    return statuses[0] if statuses else 1
+
+
+def _startLog(path: str | None) -> None:
+    """
+    Standard error belongs to the client: events go to the file that was asked for, or nowhere.
+    """
+    if path is None:
+        globalLogBeginner.beginLoggingTo([_drop], redirectStandardIO=False, discardBuffer=True)
+        return
+    try:
+        stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    except OSError as e:
+        raise UsageError(f"NIXSERVE_LOG: cannot write '{path}': {e.strerror}") from e
+    observer = FilteringLogObserver(textFileLogObserver(stream), [LogLevelFilterPredicate(LogLevel.info)])
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
+
+
+@provider(ILogObserver)
+def _drop(event: LogEvent) -> None:
+    """Keep no log."""
