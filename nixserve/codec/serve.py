@@ -1,5 +1,5 @@
 """
-The messages of the serve protocol: commands, versions, requests, replies, and their encodings.
+The messages of L{nixserve.codec.messages} as bytes, in every version of the serve protocol.
 
 Everything that differs by protocol version is decided here, by comparing versions. Order of fields, numbers and
 leniencies are those of Nix 2.8 to 2.36 (src/libstore/serve-protocol*.cc, src/nix-store/nix-store.cc:opServe),
@@ -11,16 +11,31 @@ store directory, so a request for a foreign store fails here.
 
 from __future__ import annotations
 
-import enum
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation
 from nixserve.codec.contentaddress import ContentAddress
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
 from nixserve.codec.hashes import Hash
+from nixserve.codec.messages import (
+    AddToStoreNar,
+    BuildDerivation,
+    BuildOptions,
+    BuildPaths,
+    BuildPathsResult,
+    Command,
+    DumpStorePath,
+    ExportPaths,
+    ImportItem,
+    ImportPaths,
+    QueryClosure,
+    QueryPathInfos,
+    QueryValidPaths,
+    Request,
+)
 from nixserve.codec.pathinfo import Signature, ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.codec.text import encodeText
@@ -40,6 +55,7 @@ __all__ = [
     "Command",
     "DumpStorePath",
     "ExportPaths",
+    "ImportItem",
     "ImportPaths",
     "QueryClosure",
     "QueryPathInfos",
@@ -77,170 +93,6 @@ _BINARY_BUILT_OUTPUTS = 8
 def minorOf(version: int) -> int:
     """The minor part. The major part is never checked on requests, as Nix does."""
     return version & 0xFF
-
-
-class Command(enum.IntEnum):
-    """The commands. The numbers travel."""
-
-    QUERY_VALID_PATHS = 1
-    QUERY_PATH_INFOS = 2
-    DUMP_STORE_PATH = 3
-    IMPORT_PATHS = 4
-    EXPORT_PATHS = 5
-    BUILD_PATHS = 6
-    QUERY_CLOSURE = 7
-    BUILD_DERIVATION = 8
-    ADD_TO_STORE_NAR = 9
-
-    def __init__(self, number: int) -> None:
-        first, *others = self.name.lower().split("_")
-        self.camelName = first + "".join(map(str.capitalize, others))
-        """The name as Nix writes it and as methods are called: C{queryValidPaths}."""
-
-
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
-    """
-    How to build.
-
-    @ivar maxSilentTime: seconds without output after which the build is killed, 0 for none.
-    @ivar buildTimeout: seconds, 0 for none.
-    @ivar maxLogSize: bytes, 0 for none.
-    @ivar nrRepeats: obsolete, must be 0 for servers from Nix 2.13 on.
-    """
-
-    maxSilentTime: int = 0
-    buildTimeout: int = 0
-    maxLogSize: int = 0
-    nrRepeats: int = 0
-    enforceDeterminism: bool = False
-    keepFailed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class QueryValidPaths:
-    """
-    Which of these paths are valid?
-
-    @ivar lock: keep them from the garbage collector until the connection ends.
-    @ivar substitute: try to fetch the missing ones from the server's substituters first.
-    """
-
-    command: ClassVar[Command] = Command.QUERY_VALID_PATHS
-    paths: frozenset[StorePath]
-    lock: bool = False
-    substitute: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class QueryPathInfos:
-    """What is registered about these paths?"""
-
-    command: ClassVar[Command] = Command.QUERY_PATH_INFOS
-    paths: frozenset[StorePath]
-
-
-@dataclass(frozen=True, slots=True)
-class DumpStorePath:
-    """Send the NAR of a path."""
-
-    command: ClassVar[Command] = Command.DUMP_STORE_PATH
-    path: StorePath
-
-
-@dataclass(frozen=True, slots=True)
-class ImportPaths:
-    """An export stream follows."""
-
-    command: ClassVar[Command] = Command.IMPORT_PATHS
-
-
-@dataclass(frozen=True, slots=True)
-class ExportPaths:
-    """
-    Send an export stream of these paths.
-
-    @ivar sign: obsolete and ignored.
-    """
-
-    command: ClassVar[Command] = Command.EXPORT_PATHS
-    paths: tuple[StorePath, ...]
-    sign: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class BuildPaths:
-    """
-    Build derivations that are in the store.
-
-    @ivar targets: as they travel: a path, or C{path.drv!out,dev}.
-    """
-
-    command: ClassVar[Command] = Command.BUILD_PATHS
-    targets: tuple[str, ...]
-    options: BuildOptions = BuildOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class QueryClosure:
-    """What do these paths refer to, all in all?"""
-
-    command: ClassVar[Command] = Command.QUERY_CLOSURE
-    paths: frozenset[StorePath]
-    includeOutputs: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class BuildDerivation:
-    """Build a derivation that comes with the request."""
-
-    command: ClassVar[Command] = Command.BUILD_DERIVATION
-    drvPath: StorePath
-    drv: BasicDerivation
-    options: BuildOptions = BuildOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class AddToStoreNar:
-    """A NAR of C{info.narSize} bytes follows: add it."""
-
-    command: ClassVar[Command] = Command.ADD_TO_STORE_NAR
-    info: ValidPathInfo
-
-
-Request = (
-    QueryValidPaths
-    | QueryPathInfos
-    | DumpStorePath
-    | ImportPaths
-    | ExportPaths
-    | BuildPaths
-    | QueryClosure
-    | BuildDerivation
-    | AddToStoreNar
-)
-
-
-@dataclass(frozen=True, slots=True)
-class BuildPathsResult:
-    """
-    What came of BuildPaths.
-
-    @ivar status: 0 for success, else what C{nix-store -r} would have exited with.
-    @ivar errorMsg: empty on success.
-    """
-
-    status: int = 0
-    errorMsg: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ImportItem:
-    """What follows each NAR of an export stream."""
-
-    path: StorePath
-    references: frozenset[StorePath]
-    deriver: StorePath | None
 
 
 # --- paths ------------------------------------------------------------------------------------------------

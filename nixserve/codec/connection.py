@@ -1,0 +1,564 @@
+"""
+The serve protocol's states, all of them: L{ServerConnection} and L{ClientConnection}; bytes in, events out.
+
+Theory of operation. A connection object holds no socket and calls nobody. Its owner feeds it what arrives
+(C{receiveData}, C{receiveEOF}), takes events out with C{nextEvent} until that answers L{NEED_DATA} or L{PAUSED},
+and sends the bytes that the other methods return. Where the conversation stands is one of the states below, and
+every step, whoever makes it, is a row of L{SERVER_STEPS} or L{CLIENT_SENDING} and L{CLIENT_RECEIVING}; a step
+without a row is an error: of the peer if it came from the wire (L{RemoteProtocolError}), ours otherwise
+(L{LocalProtocolError}). After an error the connection is dead: the protocol has no way to say "never mind".
+
+Whose fault something is, is decided here once: a L{FormatError} caused by bytes of the peer becomes a
+L{RemoteProtocolError}.
+
+The server reads strictly one request after the other, like Nix: between the end of a request and the end of its
+reply L{ServerConnection.nextEvent} answers L{PAUSED}, and what arrives waits. The client may have any number of
+requests under way; replies come in order.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Generator
+from typing import Any, Final, Literal
+
+from nixserve.codec import serve
+from nixserve.codec.events import (
+    NEED_DATA,
+    PAUSED,
+    ClientEvent,
+    EndOfExport,
+    EndOfImport,
+    EndOfInput,
+    EndOfNar,
+    Hello,
+    ImportedItem,
+    NarData,
+    Pause,
+    Reply,
+    RequestStarted,
+    ServerEvent,
+    VersionAgreed,
+)
+from nixserve.codec.nar import NarParser
+from nixserve.codec.serve import (
+    SERVE_VERSION,
+    AddToStoreNar,
+    Command,
+    ImportItem,
+    Request,
+    readCommand,
+    readRequest,
+    writeReply,
+    writeRequest,
+)
+from nixserve.codec.storepath import StoreDir
+from nixserve.codec.wire import MAX_REQUEST_SIZE, Parse, Reader, encodeU64
+from nixserve.errors import FormatError, LocalProtocolError, RemoteProtocolError
+
+__all__ = [
+    "CLIENT_RECEIVING",
+    "CLIENT_SENDING",
+    "NEED_DATA",
+    "PAUSED",
+    "SERVER_STEPS",
+    "ClientConnection",
+    "ClientEvent",
+    "EndOfExport",
+    "EndOfImport",
+    "EndOfInput",
+    "EndOfNar",
+    "Hello",
+    "ImportedItem",
+    "NarData",
+    "Pause",
+    "Reply",
+    "RequestStarted",
+    "ServerConnection",
+    "ServerEvent",
+    "VersionAgreed",
+]
+
+
+# --- states -----------------------------------------------------------------------------------------------
+
+
+class State(enum.Enum):
+    """Where one direction of a conversation stands."""
+
+    MAGIC = "before the peer's magic"
+    HELLO = "before our hello"
+    VERSION = "before the peer's version"
+    IDLE = "between requests"
+    REQUEST = "inside a request"
+    NAR = "inside the NAR of a request or reply"
+    IMPORT = "between the objects of an export stream"
+    IMPORT_NAR = "inside a NAR of an export stream"
+    IMPORT_ITEM = "behind a NAR of an export stream"
+    REPLY = "before the reply"
+    STREAM = "inside a reply that is a stream"
+    CLOSED = "ended"
+    FAILED = "failed"
+
+
+class Step(enum.Enum):
+    """What can happen, received or sent."""
+
+    MAGIC = "magic"
+    HELLO = "hello"
+    VERSION = "version"
+    COMMAND = "command"
+    REQUEST = "request"
+    NAR_REQUEST = "request with a NAR"
+    IMPORT_REQUEST = "request with an export stream"
+    NAR_END = "end of NAR"
+    ITEM_START = "start of an object"
+    ITEM = "end of an object"
+    IMPORT_END = "end of the export stream"
+    REPLY = "reply"
+    STREAM_START = "start of a stream"
+    STREAM_END = "end of a stream"
+    EOF = "end of input"
+    ERROR = "error"
+
+
+SERVER_STEPS: dict[tuple[State, Step], State] = {
+    (State.MAGIC, Step.MAGIC): State.HELLO,
+    (State.HELLO, Step.HELLO): State.VERSION,
+    (State.VERSION, Step.VERSION): State.IDLE,
+    (State.IDLE, Step.COMMAND): State.REQUEST,
+    (State.IDLE, Step.EOF): State.CLOSED,
+    (State.REQUEST, Step.REQUEST): State.REPLY,
+    (State.REQUEST, Step.NAR_REQUEST): State.NAR,
+    (State.REQUEST, Step.IMPORT_REQUEST): State.IMPORT,
+    (State.NAR, Step.NAR_END): State.REPLY,
+    (State.IMPORT, Step.ITEM_START): State.IMPORT_NAR,
+    (State.IMPORT_NAR, Step.NAR_END): State.IMPORT_ITEM,
+    (State.IMPORT_ITEM, Step.ITEM): State.IMPORT,
+    (State.IMPORT, Step.IMPORT_END): State.REPLY,
+    (State.REPLY, Step.REPLY): State.IDLE,
+    (State.REPLY, Step.STREAM_START): State.STREAM,
+    (State.STREAM, Step.STREAM_END): State.IDLE,
+}
+"""The server's side: what it receives and sends is one sequence."""
+
+CLIENT_SENDING: dict[tuple[State, Step], State] = {
+    (State.HELLO, Step.HELLO): State.IDLE,
+    (State.IDLE, Step.REQUEST): State.IDLE,
+    (State.IDLE, Step.NAR_REQUEST): State.NAR,
+    (State.NAR, Step.NAR_END): State.IDLE,
+    (State.IDLE, Step.IMPORT_REQUEST): State.IMPORT,
+    (State.IMPORT, Step.ITEM_START): State.IMPORT_NAR,
+    (State.IMPORT_NAR, Step.ITEM): State.IMPORT,
+    (State.IMPORT, Step.IMPORT_END): State.IDLE,
+    (State.IDLE, Step.EOF): State.CLOSED,
+}
+"""What the client sends."""
+
+CLIENT_RECEIVING: dict[tuple[State, Step], State] = {
+    (State.MAGIC, Step.MAGIC): State.VERSION,
+    (State.VERSION, Step.VERSION): State.IDLE,
+    (State.IDLE, Step.REPLY): State.IDLE,
+    (State.IDLE, Step.STREAM_START): State.NAR,
+    (State.NAR, Step.STREAM_END): State.IDLE,
+    (State.IDLE, Step.IMPORT_REQUEST): State.IMPORT,
+    (State.IMPORT, Step.ITEM_START): State.IMPORT_NAR,
+    (State.IMPORT_NAR, Step.NAR_END): State.IMPORT_ITEM,
+    (State.IMPORT_ITEM, Step.ITEM): State.IMPORT,
+    (State.IMPORT, Step.STREAM_END): State.IDLE,
+    (State.IDLE, Step.EOF): State.CLOSED,
+}
+"""What the client receives, independent of what it sends meanwhile."""
+
+_STREAMED: Final = frozenset({Command.DUMP_STORE_PATH, Command.EXPORT_PATHS})
+"""Commands whose reply is a stream."""
+
+_CHUNK = 256 * 1024
+"""The largest piece of a NAR in one event."""
+
+
+class _Machine:
+    """One state, moved along one table."""
+
+    __slots__ = ("_steps", "state")
+
+    def __init__(self, state: State, steps: dict[tuple[State, Step], State]) -> None:
+        self.state = state
+        self._steps = steps
+
+    def allows(self, step: Step) -> bool:
+        """Is there a row for this step?"""
+        return (self.state, step) in self._steps
+
+    def go(self, step: Step) -> None:
+        """
+        Make a step.
+
+        @raise LocalProtocolError: the state does not allow it.
+        """
+        if step is Step.ERROR:
+            self.state = State.FAILED
+            return
+        try:
+            self.state = self._steps[self.state, step]
+        except KeyError:
+            raise LocalProtocolError(f"{step.value} is not possible {self.state.value}") from None
+
+
+class _Receiver:
+    """
+    What both sides share: bytes, the parse under way, the end of input, and errors.
+
+    A subclass gives C{_parse}, an endless generator that yields C{None} for "need more", L{PAUSED}, or an event.
+    """
+
+    def __init__(self, storeDir: StoreDir) -> None:
+        self.storeDir = storeDir
+        self._reader = Reader()
+        self._eof = False
+        self._error: RemoteProtocolError | None = None
+        self._parsing: Generator[Any, None, None] = self._parse()
+
+    def _parse(self) -> Generator[Any, None, None]:
+        raise NotImplementedError
+
+    def _mayEnd(self) -> bool:
+        """Is this a place where the peer may end the conversation?"""
+        raise NotImplementedError
+
+    def _failed(self) -> None:
+        """The peer broke the protocol."""
+        raise NotImplementedError
+
+    @property
+    def buffered(self) -> int:
+        """How many bytes have arrived and not become events."""
+        return self._reader.available
+
+    def receiveData(self, data: bytes) -> None:
+        """Bytes have arrived."""
+        self._reader.feed(data)
+
+    def receiveEOF(self) -> None:
+        """No more bytes will arrive."""
+        self._eof = True
+
+    def _nextEvent(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        try:
+            event = next(self._parsing)
+            if event is None and self._eof:
+                if not self._mayEnd():
+                    raise FormatError("unexpected end-of-file")
+                return EndOfInput()
+        except FormatError as e:
+            self._failed()
+            self._error = RemoteProtocolError(str(e))
+            raise self._error from e
+        return NEED_DATA if event is None else event
+
+    def _narOf(self, size: int) -> Generator[Any, None, None]:
+        """The events of a NAR whose length is known."""
+        while size:
+            data = self._reader.take(min(size, _CHUNK))
+            size -= len(data)
+            yield NarData(data) if data else None
+
+    def _narByShape(self) -> Generator[Any, None, None]:
+        """The events of a NAR that ends where its last parenthesis closes."""
+        parser = NarParser()
+        while not parser.finished:
+            data = self._reader.take(_CHUNK)
+            if not data:
+                yield None
+                continue
+            parser.feed(data)
+            if parser.surplus:
+                data = data[: -len(parser.surplus)]
+                self._reader.putBack(len(parser.surplus))
+            yield NarData(data)
+
+
+class ServerConnection(_Receiver):
+    """
+    The server's end of a conversation.
+
+    @ivar version: what is spoken, once L{VersionAgreed} has been seen.
+    @ivar announced: what we say that we speak.
+    """
+
+    def __init__(self, storeDir: StoreDir, announced: int = SERVE_VERSION) -> None:
+        super().__init__(storeDir)
+        self.announced = announced
+        self.version = announced
+        self._machine = _Machine(State.MAGIC, SERVER_STEPS)
+        self._command = Command.QUERY_VALID_PATHS
+
+    @property
+    def state(self) -> State:
+        """Where the conversation stands."""
+        return self._machine.state
+
+    def nextEvent(self) -> ServerEvent | Literal[Pause.NEED_DATA, Pause.PAUSED]:
+        """
+        What has happened.
+
+        @raise RemoteProtocolError: the peer broke a rule; again on every further call.
+        """
+        event: ServerEvent | Literal[Pause.NEED_DATA, Pause.PAUSED] = self._nextEvent()
+        if isinstance(event, EndOfInput) and self._machine.allows(Step.EOF):
+            self._machine.go(Step.EOF)
+        return event
+
+    def sendHello(self) -> bytes:
+        """The answer to L{Hello}."""
+        self._machine.go(Step.HELLO)
+        return encodeU64(serve.SERVER_MAGIC) + encodeU64(self.announced)
+
+    def sendReply(self, value: Any) -> bytes:
+        """The reply to the request; L{nixserve.codec.serve.readReply} says what C{value} is."""
+        if self._command in _STREAMED:
+            raise LocalProtocolError(f"the reply to {self._command.name} is a stream")
+        self._machine.go(Step.REPLY)
+        return writeReply(self._command, value, self.version)
+
+    def startStream(self) -> None:
+        """From here to L{endStream} the owner sends the bytes of a NAR or export stream."""
+        self._machine.go(Step.STREAM_START)
+
+    def endStream(self) -> None:
+        """The stream that is the reply is complete."""
+        self._machine.go(Step.STREAM_END)
+
+    def _mayEnd(self) -> bool:
+        # Nix takes EOF inside the number of a command for EOF instead of it.
+        return self.state in (State.IDLE, State.CLOSED)
+
+    def _failed(self) -> None:
+        self._machine.go(Step.ERROR)
+
+    def _parse(self) -> Generator[Any, None, None]:
+        reader, go = self._reader, self._machine.go
+        if (yield from reader.u64()) != serve.CLIENT_MAGIC:
+            raise FormatError("protocol mismatch")
+        go(Step.MAGIC)
+        yield Hello()
+        yield from self._paused()
+        version = yield from reader.u32()
+        self.version = min(version, self.announced)
+        go(Step.VERSION)
+        yield VersionAgreed(self.version)
+        while True:
+            reader.limit(MAX_REQUEST_SIZE)
+            self._command = yield from readCommand(reader)
+            go(Step.COMMAND)
+            yield RequestStarted(self._command)
+            request = yield from readRequest(reader, self._command, self.version, self.storeDir)
+            if isinstance(request, AddToStoreNar):
+                go(Step.NAR_REQUEST)
+                yield request
+                yield from self._narOf(request.info.narSize)
+                go(Step.NAR_END)
+                yield EndOfNar()
+            elif self._command is Command.IMPORT_PATHS:
+                go(Step.IMPORT_REQUEST)
+                yield request
+                yield from self._import()
+            else:
+                go(Step.REQUEST)
+                yield request
+            yield from self._paused()
+
+    def _import(self) -> Generator[Any, None, None]:
+        reader, go = self._reader, self._machine.go
+        while True:
+            # Each object counts for itself: a stream may hold any number of them.
+            reader.limit(MAX_REQUEST_SIZE)
+            if not (yield from serve.readExportMarker(reader)):
+                break
+            go(Step.ITEM_START)
+            yield from self._narByShape()
+            go(Step.NAR_END)
+            yield EndOfNar()
+            item = yield from serve.readImportItem(reader, self.storeDir)
+            go(Step.ITEM)
+            yield ImportedItem(item)
+        go(Step.IMPORT_END)
+        yield EndOfImport()
+
+    def _paused(self) -> Generator[Any, None, None]:
+        while self.state in (State.HELLO, State.REPLY, State.STREAM):
+            yield PAUSED
+
+
+class ClientConnection(_Receiver):
+    """
+    The client's end of a conversation.
+
+    @ivar version: what is spoken, once L{VersionAgreed} has been seen; before that C{None}.
+    @ivar announced: what we say that we speak. Nix 2.4 to 2.8 send build outputs to every client, also to one
+        that announced less than 2.6 and does not expect them.
+    """
+
+    def __init__(self, storeDir: StoreDir, announced: int = SERVE_VERSION) -> None:
+        super().__init__(storeDir)
+        self.announced = announced
+        self.version: int | None = None
+        self._sending = _Machine(State.HELLO, CLIENT_SENDING)
+        self._receiving = _Machine(State.MAGIC, CLIENT_RECEIVING)
+        self._unanswered: deque[Request] = deque()
+        self._narLeft = 0
+
+    @property
+    def state(self) -> tuple[State, State]:
+        """Where sending and receiving stand."""
+        return self._sending.state, self._receiving.state
+
+    @property
+    def unanswered(self) -> int:
+        """How many requests have no reply yet."""
+        return len(self._unanswered)
+
+    def nextEvent(self) -> ClientEvent | Literal[Pause.NEED_DATA, Pause.PAUSED]:
+        """
+        What has happened. L{EndOfInput} is seen only where no reply is owed.
+
+        @raise RemoteProtocolError: the peer broke a rule; again on every further call.
+        """
+        event: ClientEvent | Literal[Pause.NEED_DATA, Pause.PAUSED] = self._nextEvent()
+        return event
+
+    def sendHello(self) -> bytes:
+        """The first bytes."""
+        self._sending.go(Step.HELLO)
+        return encodeU64(serve.CLIENT_MAGIC) + encodeU64(self.announced)
+
+    def sendRequest(self, request: Request) -> bytes:
+        """
+        A request. Those that do not depend on the version may be sent before it is known.
+
+        @raise LocalProtocolError: the version must be known first, or a NAR is under way.
+        """
+        if self.version is None and serve.dependsOnVersion(request):
+            raise LocalProtocolError(f"{request.command.name} cannot be sent before the version is known")
+        if isinstance(request, AddToStoreNar):
+            self._sending.go(Step.NAR_REQUEST)
+            self._narLeft = request.info.narSize
+        elif request.command is Command.IMPORT_PATHS:
+            self._sending.go(Step.IMPORT_REQUEST)
+        else:
+            self._sending.go(Step.REQUEST)
+        self._unanswered.append(request)
+        return writeRequest(request, self.version or self.announced)
+
+    def sendNarData(self, data: bytes) -> bytes:
+        """
+        The next bytes of the NAR of AddToStoreNar.
+
+        @raise LocalProtocolError: more than C{narSize}.
+        """
+        if len(data) > self._narLeft or self._sending.state is not State.NAR:
+            raise LocalProtocolError(f"{len(data)} bytes of NAR where {self._narLeft} are left to send")
+        self._narLeft -= len(data)
+        return data
+
+    def endNar(self) -> None:
+        """The NAR is complete."""
+        if self._narLeft:
+            raise LocalProtocolError(f"the NAR ends {self._narLeft} bytes early")
+        self._sending.go(Step.NAR_END)
+
+    def startImportedNar(self) -> bytes:
+        """Before each NAR of an export stream; its bytes follow as they are."""
+        self._sending.go(Step.ITEM_START)
+        return serve.writeExportMarker(True)
+
+    def sendImportItem(self, item: ImportItem) -> bytes:
+        """After each NAR of an export stream."""
+        self._sending.go(Step.ITEM)
+        return serve.writeImportItem(item)
+
+    def endImport(self) -> bytes:
+        """The export stream is complete."""
+        self._sending.go(Step.IMPORT_END)
+        return serve.writeExportMarker(False)
+
+    def sendEOF(self) -> None:
+        """We end the conversation: no request may follow. Replies still come."""
+        self._sending.go(Step.EOF)
+
+    def _mayEnd(self) -> bool:
+        return self._receiving.state is State.IDLE and not self._unanswered and not self._reader.available
+
+    def _failed(self) -> None:
+        self._sending.go(Step.ERROR)
+        self._receiving.go(Step.ERROR)
+
+    def _parse(self) -> Generator[Any, None, None]:
+        reader, go = self._reader, self._receiving.go
+        yield from self._readMagic()
+        go(Step.MAGIC)
+        version = yield from reader.u32()
+        if version >> 8 != SERVE_VERSION >> 8:
+            raise FormatError(f"unsupported 'nix-store --serve' protocol version {version >> 8}.{version & 0xFF}")
+        self.version = min(version, self.announced)
+        go(Step.VERSION)
+        yield VersionAgreed(self.version)
+        while True:
+            while not self._unanswered:
+                if reader.available:
+                    raise FormatError("the remote sent a reply that nobody asked for")
+                yield None
+            request = self._unanswered[0]
+            if request.command is Command.DUMP_STORE_PATH:
+                go(Step.STREAM_START)
+                yield from self._narByShape()
+                go(Step.STREAM_END)
+                self._unanswered.popleft()
+                yield EndOfNar()
+            elif request.command is Command.EXPORT_PATHS:
+                go(Step.IMPORT_REQUEST)
+                yield from self._export()
+                go(Step.STREAM_END)
+                self._unanswered.popleft()
+                yield EndOfExport(request)
+            else:
+                reader.limit(None)
+                value = yield from serve.readReply(reader, request.command, self.version, self.storeDir)
+                go(Step.REPLY)
+                self._unanswered.popleft()
+                yield Reply(request, value)
+
+    def _readMagic(self) -> Parse[None]:
+        """
+        The server's magic. What is there instead is usually a line of text from a login shell, and worth
+        showing.
+        """
+        reader = self._reader
+        while reader.available < 8:
+            if self._eof and reader.available:
+                raise FormatError(f"protocol mismatch, got {reader.take(_SHOWN)!r}")
+            yield
+        start = reader.take(8)
+        if start != encodeU64(serve.SERVER_MAGIC):
+            raise FormatError(f"protocol mismatch, got {start + reader.take(_SHOWN)!r}")
+
+    def _export(self) -> Generator[Any, None, None]:
+        reader, go = self._reader, self._receiving.go
+        while True:
+            reader.limit(MAX_REQUEST_SIZE)
+            if not (yield from serve.readExportMarker(reader)):
+                return
+            go(Step.ITEM_START)
+            yield from self._narByShape()
+            go(Step.NAR_END)
+            yield EndOfNar()
+            item = yield from serve.readImportItem(reader, self.storeDir)
+            go(Step.ITEM)
+            yield ImportedItem(item)
+
+
+_SHOWN = 1024
+"""How much text in place of the protocol is shown."""
