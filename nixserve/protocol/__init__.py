@@ -1,0 +1,4 @@
+"""
+The serve protocol on Twisted: the reactor's side of everything. Never blocks; what blocks goes through
+L{nixserve.protocol.workers}.
+"""

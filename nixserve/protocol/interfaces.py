@@ -1,0 +1,88 @@
+"""
+The seams of the Twisted side, as zope interfaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IProducer, IProtocol, ITransport
+from zope.interface import Attribute, Interface
+
+from nixserve.protocol.policy import Peer, Policy
+
+__all__ = ["IErrorReceiver", "IServeSessions", "IServeTransport", "IWorkers"]
+
+
+class IServeTransport(ITransport):
+    """
+    What one session's protocol talks to: the three standard streams and the exit status of the command
+    C{nix-store --serve}, wherever they lead.
+
+    After C{pauseProducing} no C{dataReceived} happens until C{resumeProducing}: what arrives meanwhile stays
+    with the transport and slows down the sender.
+    """
+
+    def writeError(data: bytes) -> None:
+        """
+        Write to the session's standard error. Never blocks and never grows without bound: what the peer
+        does not read is dropped in the end.
+        """
+
+    def registerProducer(producer: IProducer, streaming: bool) -> None:
+        """As L{twisted.internet.interfaces.IConsumer}; push producers only (C{streaming} true)."""
+
+    def unregisterProducer() -> None:
+        """As L{twisted.internet.interfaces.IConsumer}."""
+
+    def pauseProducing() -> None:
+        """Deliver no more bytes for now."""
+
+    def resumeProducing() -> None:
+        """Deliver bytes again."""
+
+    def exit(status: int) -> None:
+        """Flush both streams, report the exit status and close. What is written afterwards is dropped."""
+
+    def abortConnection() -> None:
+        """Close at once, flushing nothing."""
+
+
+class IServeSessions(Interface):
+    """
+    Gives a protocol for each session that an endpoint lets in.
+    """
+
+    def isServed(storeURI: str) -> bool:
+        """
+        Is this the store served here? An endpoint refuses a command that names another one.
+        """
+
+    def buildSession(policy: Policy, peer: Peer) -> IProtocol:
+        """
+        A protocol that also provides L{twisted.internet.interfaces.IHalfCloseableProtocol}, to be connected
+        to an L{IServeTransport}. C{readConnectionLost} is the client's EOF; C{connectionLost} ends the
+        session, whatever it was doing.
+        """
+
+
+class IErrorReceiver(Interface):
+    """
+    A client's protocol that wants to see the remote's standard error.
+    """
+
+    def errorReceived(data: bytes) -> None:
+        """Some bytes of it, cut anywhere."""
+
+
+class IWorkers(Interface):
+    """
+    Where blocking code runs.
+    """
+
+    reactor = Attribute("The clock by which waits are counted: an L{twisted.internet.interfaces.IReactorTime}.")
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:
+        """Run C{function} somewhere it may block; its result arrives in the reactor's thread."""

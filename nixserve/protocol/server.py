@@ -1,0 +1,466 @@
+"""
+L{ServeServer}: one session of C{nix-store --serve}. It feeds a L{ServerConnection} and has one C{cmd_} method for
+each command; it holds no rule of the protocol itself.
+
+A session ends in one of these ways, each of which frees its temporary roots, path locks and half-written objects:
+
+  - the client's EOF between requests: exit status 0;
+  - anything wrong, ours or the client's: one line C{error: …} on standard error, exit status 1. Real Nix does the
+    same, since the protocol has no way to report an error;
+  - the connection is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from functools import partial
+from operator import methodcaller
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.error import ConnectionLost
+from twisted.internet.interfaces import IHalfCloseableProtocol, IProtocol, IReactorTime
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from nixserve.codec.connection import (
+    EndOfImport,
+    EndOfInput,
+    EndOfNar,
+    Hello,
+    ImportedItem,
+    NarData,
+    Pause,
+    RequestStarted,
+    ServerConnection,
+    ServerEvent,
+    VersionAgreed,
+)
+from nixserve.codec.serve import (
+    AddToStoreNar,
+    BuildDerivation,
+    BuildPaths,
+    Command,
+    DumpStorePath,
+    ExportPaths,
+    ImportPaths,
+    QueryClosure,
+    QueryPathInfos,
+    QueryValidPaths,
+    Request,
+)
+from nixserve.codec.storepath import StorePath
+from nixserve.errors import NixServeError, PolicyError, RemoteProtocolError
+from nixserve.protocol.interfaces import IServeSessions, IServeTransport, IWorkers
+from nixserve.protocol.policy import Peer, Policy, Right
+from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle
+from nixserve.protocol.workers import Door
+from nixserve.store.api import Store, StoreSession
+
+__all__ = ["ServeServer", "ServeSessions"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_UNREAD = 256 * 1024
+"""Bytes of later requests that are kept while one is being answered; then the peer is paused."""
+
+STALL_SECONDS = 600.0
+"""A session in the middle of a request that moves no byte for so long ends."""
+
+
+@implementer(IHalfCloseableProtocol)
+class ServeServer(Protocol):
+    """
+    One session.
+
+    @ivar transport: an L{IServeTransport}.
+    @ivar ended: fires with C{None} when the session has freed everything.
+    """
+
+    transport: IServeTransport
+    log = Logger()
+
+    REQUIRED: ClassVar[dict[Command, tuple[Right, str]]] = {
+        Command.QUERY_VALID_PATHS: (Right.READ, "querying paths is not allowed"),
+        Command.QUERY_PATH_INFOS: (Right.READ, "querying paths is not allowed"),
+        Command.QUERY_CLOSURE: (Right.READ, "querying paths is not allowed"),
+        Command.DUMP_STORE_PATH: (Right.READ, "reading paths is not allowed"),
+        Command.EXPORT_PATHS: (Right.READ, "reading paths is not allowed"),
+        Command.IMPORT_PATHS: (Right.WRITE, "importing paths is not allowed"),
+        Command.ADD_TO_STORE_NAR: (Right.WRITE, "importing paths is not allowed"),
+        Command.BUILD_PATHS: (Right.BUILD, "building paths is not allowed"),
+        Command.BUILD_DERIVATION: (Right.BUILD, "building paths is not allowed"),
+    }
+    """What each command needs; what is not here needs L{Right.TRUST}."""
+
+    def __init__(
+        self,
+        store: Store,
+        workers: IWorkers,
+        policy: Policy,
+        peer: Peer,
+        clock: IReactorTime,
+        stallSeconds: float = STALL_SECONDS,
+    ) -> None:
+        self._store = store
+        self._session: StoreSession | None = None
+        self._policy = policy
+        self._peer = peer
+        self._door = Door(workers, self._tellWait)
+        self._stall = StallTimer(clock, stallSeconds, self._stalled)
+        self._connection = ServerConnection(store.storeDir)
+        self._inflow: NarInflow[Any] | None = None
+        self._command: Command | None = None
+        # What the conversation waits for: bytes from the peer, or something of ours.
+        self._wakeUp: Deferred[None] | None = None
+        self._pending: Deferred[Any] | None = None
+        # Why the conversation has to end, if something outside it says so.
+        self._cause: Failure | None = None
+        self._exiting = False
+        self.ended: Deferred[None] = Deferred()
+
+    # --- the transport ------------------------------------------------------------------------------------
+
+    def connectionMade(self) -> None:
+        """Begin the conversation."""
+        self._throttle = Throttle(self.transport)
+        self.log.info("session {peer.session} of {peer.address} begins: {policy}", **self._facts(), policy=self._policy)
+        conversation = Deferred.fromCoroutine(self._converse())
+        conversation.addErrback(self._conversationFailed)
+        conversation.addBoth(lambda _: self._free())
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes from the peer."""
+        if self._exiting:
+            return
+        self._stall.touch()
+        self._connection.receiveData(data)
+        self._wake()
+        if self._wakeUp is None and self._connection.buffered > MAX_UNREAD:
+            self._throttle.pause(self)
+
+    def readConnectionLost(self) -> None:
+        """The peer will send nothing more."""
+        self._connection.receiveEOF()
+        self._wake()
+
+    def writeConnectionLost(self) -> None:
+        """The peer reads nothing more: every reply from here on would be lost."""
+        self._end(Failure(ConnectionLost()))
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The peer is gone."""
+        self._end(Failure(ConnectionLost(reason.getErrorMessage())))
+
+    # --- the conversation ---------------------------------------------------------------------------------
+
+    async def _event(self) -> ServerEvent:
+        """The next thing that the peer does."""
+        while True:
+            event = self._connection.nextEvent()
+            if not isinstance(event, Pause):
+                return event
+            if self._inflow is not None:
+                self._inflow.push()
+            if self._cause is not None:
+                self._cause.raiseException()
+            self._throttle.resume(self)
+            self._wakeUp = Deferred()
+            await self._wakeUp
+
+    async def _wait(self, pending: Deferred[T]) -> T:
+        """
+        Wait for something of ours, until the conversation has to end.
+        """
+        if self._cause is not None:
+            pending.addErrback(lambda _: None)
+            pending.cancel()
+            self._cause.raiseException()
+        self._pending = pending
+        try:
+            return await pending
+        finally:
+            self._pending = None
+
+    def _wake(self) -> None:
+        if self._wakeUp is not None:
+            wakeUp, self._wakeUp = self._wakeUp, None
+            wakeUp.callback(None)
+
+    async def _converse(self) -> None:
+        await self._wait(self._door.call(self._openSession))
+        while not isinstance(event := await self._event(), EndOfInput):
+            match event:
+                case Hello():
+                    self.transport.write(self._connection.sendHello())
+                case VersionAgreed():
+                    pass
+                case RequestStarted(command):
+                    self._command = command
+                    self._stall.start()
+                    right, refusal = self.REQUIRED.get(command, (Right.TRUST, f"{command.name} is not allowed"))
+                    self._policy.demand(right, refusal)
+                case _:
+                    await self._perform(event)
+                    self._stall.stop()
+                    self._command = None
+        self._exit(0)
+
+    def _perform(self, request: Any) -> Coroutine[Any, Any, None]:
+        perform: Callable[[Request], Coroutine[Any, Any, None]] = getattr(self, f"cmd_{request.command.camelName}")
+        return perform(request)
+
+    def _openSession(self) -> None:
+        """In a worker. The result is kept here, not returned: L{_free} must find it whatever happened since."""
+        self._session = self._store.openSession()
+
+    @property
+    def _open(self) -> StoreSession:
+        assert self._session is not None, "the conversation begins with opening it"
+        return self._session
+
+    async def _call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """
+        Do something on the store. The peer need not act meanwhile, however long it takes.
+        """
+        self._stall.stop()
+        try:
+            return await self._wait(self._door.call(function, *args, **kwargs))
+        finally:
+            self._stall.start()
+
+    def _rooted(self, paths: Collection[StorePath], function: Callable[[], T]) -> T:
+        """
+        In a worker: do something with paths that the peer asks about, which become roots first if it may write. No
+        client of Nix 2.x sets the C{lock} flag, so a path that it was told to be there could vanish before it is
+        used: the flag is taken as set.
+        """
+        if Right.WRITE in self._policy.rights:
+            self._open.addTempRoots(paths)
+        return function()
+
+    # --- commands -----------------------------------------------------------------------------------------
+
+    async def cmd_queryValidPaths(self, request: QueryValidPaths) -> None:
+        """
+        Which are valid. C{substitute} finds nothing: this store has no substituters.
+        """
+        await self._answer(request.paths, partial(self._open.queryValidPaths, request.paths))
+
+    async def cmd_queryPathInfos(self, request: QueryPathInfos) -> None:
+        """What is registered; what is not valid is left out."""
+        await self._answer(request.paths, partial(self._open.queryPathInfos, request.paths))
+
+    async def cmd_queryClosure(self, request: QueryClosure) -> None:
+        """The closure. Its elements are kept by the roots that the given paths become."""
+        closure = partial(self._open.queryClosure, request.paths, request.includeOutputs)
+        await self._answer(request.paths, closure)
+
+    async def cmd_dumpStorePath(self, request: DumpStorePath) -> None:
+        """A NAR."""
+        await self._stream([request.path], partial(self._open.narFromPath, request.path))
+
+    async def cmd_exportPaths(self, request: ExportPaths) -> None:
+        """An export stream."""
+        await self._stream(request.paths, partial(self._open.exportPaths, request.paths))
+
+    async def cmd_addToStoreNar(self, request: AddToStoreNar) -> None:
+        """A NAR with all that is to be registered about it."""
+        inflow = self._inflow = NarInflow(
+            self._door, self._throttle, partial(self._open.addToStore, request.info), self._end
+        )
+        await self._receiveNar(inflow)
+        await self._finishNar(inflow, methodcaller("finish"))
+        self._reply(None)
+
+    async def cmd_importPaths(self, request: ImportPaths) -> None:
+        """An export stream from the peer; each object is registered as it comes."""
+        event: ServerEvent | None = None
+        while not isinstance(event, EndOfImport):
+            inflow = self._inflow = NarInflow(self._door, self._throttle, self._open.importPath, self._end)
+            event = await self._receiveNar(inflow)
+            if isinstance(event, EndOfNar):
+                event = await self._event()
+                assert isinstance(event, ImportedItem)
+                item = event.item
+                await self._finishNar(inflow, methodcaller("finish", item.path, item.references, item.deriver))
+        self._reply(None)
+
+    async def cmd_buildPaths(self, request: BuildPaths) -> None:
+        """Not yet."""
+        raise PolicyError("this nixserve does not build: take it out of the builders, or use it for copying only")
+
+    async def cmd_buildDerivation(self, request: BuildDerivation) -> None:
+        """Not yet."""
+        raise PolicyError("this nixserve does not build: take it out of the builders, or use it for copying only")
+
+    async def _receiveNar(self, inflow: NarInflow[Any]) -> ServerEvent:
+        """
+        Pass the NAR on.
+
+        @return: the first event that is none of its bytes.
+        """
+        while isinstance(event := await self._event(), NarData):
+            inflow.write(event.data)
+        return event
+
+    async def _finishNar(self, inflow: NarInflow[Any], finish: Callable[[Any], None]) -> None:
+        self._inflow = None
+        self._stall.stop()
+        await self._wait(inflow.end(finish))
+        self._stall.start()
+
+    async def _answer(self, paths: Collection[StorePath], query: Callable[[], Any]) -> None:
+        """Reply with what a query says about paths that become roots."""
+        self._reply(await self._call(self._rooted, paths, query))
+
+    async def _stream(self, paths: Collection[StorePath], begin: Callable[[], Iterator[bytes]]) -> None:
+        """Reply with a stream of paths that become roots."""
+        self._connection.startStream()
+        outflow = NarOutflow(self._door, self.transport, partial(self._rooted, paths, begin), self._stall.touch)
+        await self._wait(outflow.start())
+        self._connection.endStream()
+
+    def _reply(self, value: Any) -> None:
+        self.transport.write(self._connection.sendReply(value))
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    def _end(self, cause: Failure) -> None:
+        """End the conversation because of something outside it; the first cause counts."""
+        if self._cause is None and not self._exiting:
+            self._cause = cause
+            if self._wakeUp is not None:
+                self._wake()
+            elif self._pending is not None:
+                self._pending.cancel()
+
+    def _conversationFailed(self, failure: Failure) -> None:
+        """
+        Say why, to the peer and in the log. Whatever is no error of ours is a bug, of which the peer need not
+        know the details.
+        """
+        cause = self._cause or failure
+        error = cause.value
+        if cause.check(NixServeError):
+            event = "session {peer.session} of {peer.address} failed: {error}"
+            if cause.check(PolicyError, RemoteProtocolError):
+                event = "session {peer.session} of {peer.address} refused: {error}"
+            self.log.warn(event, **self._facts(), error=error, path=getattr(error, "path", None))
+            self._tell(f"error: {error}")
+        elif isinstance(error, ConnectionLost):
+            self.log.info("session {peer.session} of {peer.address} lost its connection", **self._facts())
+        elif isinstance(error, OSError):
+            self.log.failure("session {peer.session} of {peer.address} failed", cause, **self._facts())
+            self._tell(f"error: {error.strerror or error}")
+        else:
+            self.log.failure("a bug in session {peer.session} of {peer.address}", cause, **self._facts())
+            self._tell(f"error: internal error; the log of the server has more about session {self._peer.session}")
+        self._exit(1)
+
+    def _exit(self, status: int) -> None:
+        if not self._exiting:
+            self._exiting = True
+            self.transport.exit(status)
+
+    def _free(self) -> None:
+        """The conversation is over: let go of everything, after what still runs in a thread."""
+        self._exiting = True
+        self._stall.close()
+        self._door.abandon()
+        closing = self._door.call(self._closeSession)
+        closing.addErrback(lambda failure: self.log.failure("closing session {peer.session}", failure, **self._facts()))
+        closing.addCallback(lambda _: self.log.info("session {peer.session} of {peer.address} ends", **self._facts()))
+        closing.addCallback(self.ended.callback)
+
+    def _closeSession(self) -> None:
+        """In a worker."""
+        if self._session is not None:
+            self._session.close()
+
+    def stop(self) -> None:
+        """The server is going down."""
+        if not self.connected:
+            # It never began and holds nothing.
+            self.ended.callback(None)
+            return
+        self._end(Failure(PolicyError("the server is being stopped; try again later")))
+
+    def _stalled(self) -> None:
+        if self._door.working:
+            # It is we who wait, for a lock or a disk.
+            self._stall.start()
+            return
+        self._end(Failure(RemoteProtocolError("nothing has moved for too long in the middle of a request; giving up")))
+
+    def _tell(self, line: str) -> None:
+        """One line on the peer's standard error."""
+        self.transport.writeError(line.replace("\n", " ").encode("utf-8", "replace") + b"\n")
+
+    def _tellWait(self, what: str) -> None:
+        self._tell(f"waiting for {what}...")
+
+    def _facts(self) -> dict[str, Any]:
+        """The fields of every event."""
+        return {"peer": self._peer, "key": self._peer.key, "command": self._command and self._command.name}
+
+
+@implementer(IServeSessions)
+class ServeSessions:
+    """
+    Sessions of one store, for any endpoint.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        workers: IWorkers,
+        clock: IReactorTime,
+        isServed: Callable[[str], bool] = lambda uri: False,
+        stallSeconds: float = STALL_SECONDS,
+    ) -> None:
+        """
+        @param isServed: does this URI mean C{store}?
+        """
+        self._store = store
+        self._workers = workers
+        self._clock = clock
+        self._isServed = isServed
+        self._stallSeconds = stallSeconds
+        self._running: set[ServeServer] = set()
+
+    def isServed(self, storeURI: str) -> bool:
+        """See L{IServeSessions}."""
+        return self._isServed(storeURI)
+
+    def buildSession(self, policy: Policy, peer: Peer) -> IProtocol:
+        """See L{IServeSessions}."""
+        server = ServeServer(self._store, self._workers, policy, peer, self._clock, self._stallSeconds)
+        self._running.add(server)
+        server.ended.addCallback(lambda _: self._running.discard(server))
+        return server
+
+    def __len__(self) -> int:
+        """How many sessions are running."""
+        return len(self._running)
+
+    def stop(self) -> Deferred[None]:
+        """
+        End every session.
+
+        @return: fires when all have freed what they held.
+        """
+        ended = [_whenFired(server.ended) for server in self._running]
+        for server in list(self._running):
+            server.stop()
+        return gatherResults(ended).addCallback(lambda _: None)
+
+
+def _whenFired(deferred: Deferred[None]) -> Deferred[None]:
+    """Another Deferred that fires with it."""
+    other: Deferred[None] = Deferred()
+    deferred.addCallback(lambda _: other.callback(None))
+    return other

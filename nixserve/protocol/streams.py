@@ -1,0 +1,327 @@
+"""
+NAR bytes through the door, with back-pressure both ways.
+
+Between the reactor and a worker lies a queue of at most L{MAX_QUEUED} bytes. While a worker works on one batch the
+reactor fills the next; a full queue pauses the peer's transport. In the other direction one batch is read ahead
+while the one before it is being written, and nothing is read while the transport is paused. So no NAR is ever held
+whole, and no worker ever waits for a peer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from nixserve.errors import NixServeError
+from nixserve.protocol.interfaces import IServeTransport
+from nixserve.protocol.workers import Door
+
+__all__ = ["MAX_QUEUED", "NarInflow", "NarOutflow", "StallTimer", "Throttle"]
+
+MAX_QUEUED = 1024 * 1024
+"""Bytes in one queue: some milliseconds of work for a worker, so that neither side waits for the other's turn."""
+
+MAX_CHUNK = 256 * 1024
+"""Bytes handed to blocking code at once."""
+
+READ_AHEAD = 512 * 1024
+"""Bytes that one turn of a worker reads."""
+
+
+class Fed(Protocol):
+    """Takes the bytes of one NAR: L{nixserve.store.api.PathWriter} or L{nixserve.store.api.ImportWriter}."""
+
+    def feed(self, data: bytes) -> None: ...
+
+
+F = TypeVar("F", bound=Fed)
+
+
+class Consumer(Protocol):
+    """Where an outflow goes: what is needed of L{twisted.internet.interfaces.IConsumer}."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None: ...
+
+    def unregisterProducer(self) -> None: ...
+
+
+class Throttle:
+    """
+    Pauses a transport as long as anybody wants it paused.
+    """
+
+    def __init__(self, transport: IServeTransport) -> None:
+        self._transport = transport
+        self._holders: set[object] = set()
+
+    def pause(self, holder: object) -> None:
+        """C{holder} has enough."""
+        if not self._holders:
+            self._transport.pauseProducing()
+        self._holders.add(holder)
+
+    def resume(self, holder: object) -> None:
+        """C{holder} takes more, if it did not before."""
+        if holder in self._holders:
+            self._holders.discard(holder)
+            if not self._holders:
+                self._transport.resumeProducing()
+
+
+class NarInflow(Generic[F]):
+    """
+    One NAR from the peer to the store.
+
+    The writer is opened, fed and finished in worker threads; whatever fails there fails L{failed} at once, though
+    the peer may go on sending.
+
+    @ivar failed: called with the failure of opening or feeding.
+    """
+
+    def __init__(
+        self, door: Door, throttle: Throttle, begin: Callable[[], F], failed: Callable[[Failure], None]
+    ) -> None:
+        self._door = door
+        self._throttle = throttle
+        self._begin = begin
+        self.failed = failed
+        self._writer: F | None = None
+        self._queue: deque[bytes] = deque()
+        self._queued = 0
+        self._batch: deque[bytes] = deque()
+        self._working = False
+        self._finish: Callable[[F], None] | None = None
+        self._finished: Deferred[None] | None = None
+
+    def write(self, data: bytes) -> None:
+        """Bytes have arrived. They are handed on by L{push}, or when enough have gathered."""
+        self._queue.append(data)
+        self._queued += len(data)
+        if self._queued >= MAX_CHUNK:
+            self.push()
+        if self._queued >= MAX_QUEUED:
+            self._throttle.pause(self)
+
+    def push(self) -> None:
+        """No more bytes are here right now: let a worker have what there is."""
+        if self._working or not (self._queue or self._finish):
+            return
+        self._working = True
+        self._batch, self._queue, self._queued = self._queue, deque(), 0
+        finish, self._finish = self._finish, None
+        working = self._door.call(self._work, finish)
+        working.addCallbacks(self._worked, self._workFailed, (finish is not None,))
+
+    def end(self, finish: Callable[[F], None]) -> Deferred[None]:
+        """
+        The NAR is complete.
+
+        @param finish: called with the writer in a worker when it has been fed everything; may raise L{Busy}.
+        @return: fires when C{finish} has returned, or with its failure.
+        """
+        self._finish = finish
+        self._finished = Deferred()
+        self.push()
+        return self._finished
+
+    def _work(self, finish: Callable[[F], None] | None) -> None:
+        """In a worker. After L{Busy} it is called again: what has been fed is gone from the batch."""
+        if self._writer is None:
+            self._writer = self._begin()
+        while self._batch:
+            self._writer.feed(_gather(self._batch))
+        if finish is not None:
+            finish(self._writer)
+
+    def _worked(self, _: None, last: bool) -> None:
+        self._working = False
+        self._throttle.resume(self)
+        if last and self._finished is not None:
+            self._finished.callback(None)
+        else:
+            self.push()
+
+    def _workFailed(self, failure: Failure) -> None:
+        # _working stays true: nothing more will be fed.
+        if self._finished is not None:
+            self._finished.errback(failure)
+        else:
+            self.failed(failure)
+
+
+def _gather(chunks: deque[bytes]) -> bytes:
+    """
+    Take chunks from the left until L{MAX_CHUNK} are together: each piece costs the blocking side a round of its
+    parser and a call of its hash, so packets of SSH are worth joining.
+    """
+    gathered = [chunks.popleft()]
+    size = len(gathered[0])
+    while chunks and size + len(chunks[0]) <= MAX_CHUNK:
+        gathered.append(chunks.popleft())
+        size += len(gathered[-1])
+    return gathered[0] if len(gathered) == 1 else b"".join(gathered)
+
+
+@implementer(IPushProducer)
+class NarOutflow:
+    """
+    A stream of bytes from the store to the peer.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        transport: Consumer,
+        begin: Callable[[], Iterator[bytes]],
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        @param begin: gives the chunks; called in a worker.
+        @param progress: called whenever something has been written.
+        """
+        self._door = door
+        self._transport = transport
+        self._begin = begin
+        self._progress = progress
+        self._chunks: Iterator[bytes] | None = None
+        self._ready: tuple[list[bytes], bool] | None = None
+        self._writing = False
+        self.paused = False
+        self._finished: Deferred[None] = Deferred(lambda _: self._cancelled())
+
+    def start(self) -> Deferred[None]:
+        """
+        Write all of it.
+
+        @return: fires when everything has been handed to the transport, or with what went wrong while reading.
+            Cancelling stops at once.
+        """
+        self._transport.registerProducer(self, True)
+        self._read()
+        return self._finished
+
+    def pauseProducing(self) -> None:
+        """The transport has enough for now."""
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        """The transport wants more."""
+        if not self._finished.called:
+            self.paused = False
+            self._flush()
+
+    def stopProducing(self) -> None:
+        """The transport is gone. Its owner hears of it too and ends the session."""
+        self.paused = True
+
+    def _read(self) -> None:
+        reading = self._door.call(self._readSome)
+        reading.addCallbacks(self._haveRead, self._failed)
+
+    def _readSome(self) -> tuple[list[bytes], bool]:
+        """
+        In a worker: read about L{READ_AHEAD} bytes.
+
+        @return: chunks, and whether they are the last ones.
+        """
+        if self._chunks is None:
+            self._chunks = self._begin()
+        batch: list[bytes] = []
+        size = 0
+        for chunk in self._chunks:
+            batch.append(chunk)
+            size += len(chunk)
+            if size >= READ_AHEAD:
+                return batch, False
+        return batch, True
+
+    def _haveRead(self, batch: tuple[list[bytes], bool]) -> None:
+        self._ready = batch
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._writing:
+            return
+        self._writing = True
+        while self._ready is not None and not self.paused:
+            (chunks, last), self._ready = self._ready, None
+            if not last:
+                # The next batch is read while this one is being encrypted and sent.
+                self._read()
+            try:
+                for chunk in chunks:
+                    self._transport.write(chunk)
+            except NixServeError:
+                # A consumer that counts has been given too much.
+                self._failed(Failure())
+                break
+            self._progress()
+            if last:
+                self._transport.unregisterProducer()
+                self._finished.callback(None)
+        self._writing = False
+
+    def _failed(self, failure: Failure) -> None:
+        self.paused = True
+        if not self._finished.called:
+            self._transport.unregisterProducer()
+            self._finished.errback(failure)
+
+    def _cancelled(self) -> None:
+        self.paused = True
+        self._transport.unregisterProducer()
+
+
+class StallTimer:
+    """
+    Ends what makes no progress.
+
+    Started when the peer has to do something, stopped when it need not; every sign of life is a C{touch}. All three
+    happen many times a second, so they only note the time, and one delayed call comes round to look.
+    """
+
+    def __init__(self, clock: IReactorTime, seconds: float, stalled: Callable[[], Any]) -> None:
+        self._clock = clock
+        self._seconds = seconds
+        self._stalled = stalled
+        self._last = 0.0
+        self._running = False
+        self._delay: IDelayedCall | None = None
+
+    def start(self) -> None:
+        """The peer has to act."""
+        self.touch()
+        self._running = True
+        if self._delay is None:
+            self._delay = self._clock.callLater(self._seconds, self._check)
+
+    def touch(self) -> None:
+        """The peer did something."""
+        self._last = self._clock.seconds()
+
+    def stop(self) -> None:
+        """The peer need not act."""
+        self._running = False
+
+    def close(self) -> None:
+        """Nobody is to act any more."""
+        self._running = False
+        if self._delay is not None:
+            self._delay.cancel()
+            self._delay = None
+
+    def _check(self) -> None:
+        self._delay = None
+        left = self._last + self._seconds - self._clock.seconds() if self._running else self._seconds
+        if left > 0:
+            self._delay = self._clock.callLater(left, self._check)
+        else:
+            self._stalled()

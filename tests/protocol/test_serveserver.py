@@ -1,0 +1,806 @@
+"""One session of the server: what it answers, whom it slows down, and every way in which it ends."""
+
+import tracemalloc
+
+import pytest
+from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTerminated
+from twisted.logger import globalLogPublisher
+from twisted.python.failure import Failure
+
+from nixserve.codec.hashes import Hash
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.errors import StoreError
+from nixserve.protocol.policy import EVERYTHING, NOTHING, READ_ONLY, Peer
+from nixserve.protocol.server import MAX_UNREAD, STALL_SECONDS, ServeServer, ServeSessions
+from nixserve.protocol.streams import MAX_QUEUED, READ_AHEAD
+from nixserve.store.api import Busy, InvalidPath
+from tests.protocol.fakes import ManualWorkers, RecordingStore, RecordingTransport, SyncWorkers, fired, result
+from tests.vectors.serve.messages import (
+    APP,
+    CLIENT_MAGIC,
+    CONTENTS,
+    IMPORTED,
+    LIB,
+    SERVER_MAGIC,
+    ZEROS,
+    addRequest,
+    captured,
+    exportItem,
+    nar,
+    path,
+    wire,
+)
+
+HELLO = CLIENT_MAGIC + wire(0x207)
+ANSWER = SERVER_MAGIC + wire(0x208)
+CHUNK = bytes(256 * 1024)
+
+
+@pytest.fixture(autouse=True)
+def logged():
+    """The events of one test. A failure that nobody handled is in them too."""
+    events = []
+    globalLogPublisher.addObserver(events.append)
+    yield events
+    globalLogPublisher.removeObserver(events.append)
+    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
+
+
+class Session:
+    """One session with everything around it."""
+
+    def __init__(self, store=None, workers=None, policy=EVERYTHING, capacity=1 << 60):
+        self.store = store or RecordingStore()
+        self.workers = workers or SyncWorkers()
+        self.clock = self.workers.reactor
+        self.transport = RecordingTransport(capacity)
+        self.server = ServeServer(self.store, self.workers, policy, Peer("here", "key", 7), self.clock)
+        self.server.makeConnection(self.transport)
+
+    def send(self, *pieces):
+        """The client writes."""
+        for piece in pieces:
+            self.server.dataReceived(piece)
+        return self
+
+    def eof(self):
+        """The client ends its side."""
+        self.server.readConnectionLost()
+        return self
+
+    def lose(self, reason=None):
+        """The connection is gone."""
+        self.server.connectionLost(Failure(reason or ConnectionDone()))
+        return self
+
+    def step(self, count=1):
+        """Workers run."""
+        for _ in range(count):
+            self.workers.step()
+        return self
+
+    def drain(self):
+        """Workers run until nothing is left."""
+        self.workers.drain()
+        return self
+
+    @property
+    def replies(self):
+        """What was written behind the hello."""
+        assert self.transport.written.startswith(ANSWER)
+        return bytes(self.transport.written[len(ANSWER) :])
+
+    @property
+    def errors(self):
+        """Standard error."""
+        return self.transport.errors.decode()
+
+    def ended(self, status, error=""):
+        """Check that the session has ended, and that it ended once and cleanly."""
+        assert (self.transport.status, self.errors) == (status, error)
+        assert fired(self.server.ended)
+        assert self.store.names().count("close") == len(self.store.sessions) <= 1
+        if self.store.sessions:
+            assert self.store.calls[-1][0] == "close"
+        assert self.transport.exits == 1 and self.transport.late == b""
+        assert self.clock.getDelayedCalls() == []
+        return self
+
+
+def sessionOf(*infos, **more):
+    """A session on a store with some paths."""
+    return Session(RecordingStore(*infos), **more)
+
+
+# --- conversations ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("minor", range(8))
+@pytest.mark.parametrize("size", [1 << 20, 1, 100])
+def test_answersAsRealNix(minor, size):
+    """Byte for byte what Nix 2.8 answers to a whole conversation, at each version and in any cut."""
+    request, reply = captured(f"conversation-2.{minor}")
+    session = Session()
+    session.send(*[request[i : i + size] for i in range(0, len(request), size)]).eof().ended(0)
+    assert session.transport.written[:16] == ANSWER
+    assert session.transport.written[16:] == reply[16:]
+    assert session.store.valid(LIB, APP, IMPORTED) == [LIB, APP, IMPORTED]
+
+
+def test_handshake():
+    """The hello comes after eight bytes, before the client's version."""
+    session = Session().send(CLIENT_MAGIC[:7])
+    assert session.transport.written == b""
+    session.send(CLIENT_MAGIC[7:])
+    assert session.transport.written == ANSWER
+    session.send(wire(0x207)).eof().ended(0)
+
+
+@pytest.mark.parametrize("version", [0x100, 0x200, 0x2FF, 0x300])
+def test_anyClientVersion(version):
+    """Every version is served."""
+    session = Session().send(CLIENT_MAGIC + wire(version, 1, 0, 0, [])).eof().ended(0)
+    assert session.replies == wire([])
+
+
+def test_wrongMagic():
+    """Another magic gets a line and not a byte."""
+    session = Session().send(b"SSH-2.0-OpenSSH\r\n").ended(1, "error: protocol mismatch\n")
+    assert session.transport.written == b""
+
+
+def test_endOfInputAtEveryByte():
+    """
+    Wherever the client's bytes end: exit 0 exactly where real Nix has it, else one line and exit 1; and what was not
+    complete is not registered.
+    """
+    script = HELLO + addRequest(LIB) + wire(4) + exportItem(IMPORTED) + wire(0) + wire(3, LIB.path)
+    starts = [len(HELLO), len(HELLO + addRequest(LIB)), len(script) - len(wire(3, LIB.path)), len(script)]
+    clean = {start + more for start in starts for more in range(8)}
+    imported = len(HELLO + addRequest(LIB) + wire(4) + exportItem(IMPORTED))
+    for end in range(len(script) + 1):
+        session = Session().send(script[:end]).eof()
+        if end in clean:
+            session.ended(0)
+        else:
+            session.ended(1, "error: unexpected end-of-file\n")
+        assert session.store.valid(LIB) == [LIB] * (end >= starts[1]), end
+        assert session.store.valid(IMPORTED) == [IMPORTED] * (end >= imported), end
+    assert session.transport.written.endswith(nar(CONTENTS[LIB.path]))
+
+
+def test_pipelining():
+    """Requests that arrive together are answered in order, with slow workers too."""
+    requests = wire(3, LIB.path) + wire(3, APP.path) + wire(7, 0, [APP.path]) + wire(1, 0, 0, [path("x")])
+    session = sessionOf(LIB, APP, workers=ManualWorkers())
+    session.send(HELLO + requests).eof().drain().ended(0)
+    dumps = nar(CONTENTS[LIB.path]) + nar(CONTENTS[APP.path])
+    assert session.replies == dumps + wire(sorted([LIB.path, APP.path])) + wire([])
+
+
+def test_addToStoreNar():
+    """The path is registered as it was described, before the answer."""
+    session = Session(workers=ManualWorkers()).send(HELLO + addRequest(LIB))
+    while session.store.names()[-1:] != ["finish"]:
+        assert session.transport.written in (b"", ANSWER)
+        session.step()
+    session.drain()
+    assert session.replies == wire(1)
+    assert session.store.inner.lookUp([LIB.path])[LIB.path].info == LIB
+
+
+def test_stillOpenAfterTheReply():
+    """A session goes on until the client ends it."""
+    session = Session().send(HELLO + wire(1, 0, 0, []))
+    assert session.transport.status is None and not fired(session.server.ended)
+    session.send(wire(2, [])).eof().ended(0)
+
+
+# --- rights -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (4, "importing paths is not allowed"),
+        (9, "importing paths is not allowed"),
+        (6, "building paths is not allowed"),
+        (8, "building paths is not allowed"),
+    ],
+)
+def test_readOnly(command, text):
+    """Commands that change the store are refused in Nix's words when their number is there, before their body."""
+    session = Session(policy=READ_ONLY).send(HELLO + wire(command)[:7])
+    assert session.transport.status is None
+    session.send(wire(command)[7:]).ended(1, f"error: {text}\n")
+    assert session.transport.written == ANSWER
+    assert session.store.names() == ["openSession", "close"]
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        (1, "querying paths is not allowed"),
+        (2, "querying paths is not allowed"),
+        (3, "reading paths is not allowed"),
+        (4, "importing paths is not allowed"),
+        (5, "reading paths is not allowed"),
+        (6, "building paths is not allowed"),
+        (7, "querying paths is not allowed"),
+        (8, "building paths is not allowed"),
+        (9, "importing paths is not allowed"),
+    ],
+)
+def test_nothingAllowed(command, text):
+    """Who has no rights gets nothing, command by command."""
+    Session(policy=NOTHING).send(HELLO + wire(command)).ended(1, f"error: {text}\n")
+
+
+def test_forgottenCommandNeedsTrust(monkeypatch):
+    """A command that nobody thought of needs the right to everything."""
+    monkeypatch.setattr(ServeServer, "REQUIRED", {})
+    Session(policy=READ_ONLY).send(HELLO + wire(2)).ended(1, "error: QUERY_PATH_INFOS is not allowed\n")
+    Session().send(HELLO + wire(2, [])).eof().ended(0)
+
+
+@pytest.mark.parametrize("flags", [(0, 0), (1, 1)])
+@pytest.mark.parametrize(("policy", "rooted"), [(READ_ONLY, False), (EVERYTHING, True)])
+def test_queriesRootWhatTheyAskFor(policy, rooted, flags):
+    """Paths that a writer asks about become roots before the answer is found, with the flag or without; a reader's
+    flags are ignored."""
+    session = sessionOf(LIB, policy=policy).send(HELLO + wire(1, *flags, [LIB.path]))
+    calls = session.store.calls[1:]
+    roots = [("addTempRoots", (frozenset({LIB.path}),))] if rooted else []
+    assert [(name, (frozenset(args[0]),)) for name, args in calls] == [
+        *roots, ("queryValidPaths", (frozenset({LIB.path}),)),
+    ]  # fmt: skip
+    assert session.replies == wire([LIB.path])
+    session.eof().ended(0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "call"),
+    [
+        (wire(2, [LIB.path]), "queryPathInfos"),
+        (wire(3, LIB.path), "narFromPath"),
+        (wire(5, 0, [LIB.path]), "exportPaths"),
+        (wire(7, 0, [LIB.path]), "queryClosure"),
+    ],
+)
+def test_everyQueryRoots(request_, call):
+    """So does every command that says what is there."""
+    session = sessionOf(LIB).send(HELLO + request_).eof().ended(0)
+    assert session.store.names() == ["openSession", "addTempRoots", call, "close"]
+    session = sessionOf(LIB, policy=READ_ONLY).send(HELLO + request_).eof().ended(0)
+    assert session.store.names() == ["openSession", call, "close"]
+
+
+def test_rootsLastAsLongAsTheSession():
+    """What a client was told to be there stays there until it leaves."""
+    session = sessionOf(LIB).send(HELLO + wire(1, 0, 0, [LIB.path]))
+    assert session.store.inner.collectGarbage() == set()
+    session.eof().ended(0)
+    assert session.store.inner.collectGarbage() == {LIB.path}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        wire(6, [path("a.drv")], 0, 0, 0, 0, 0, 0),
+        wire(8, path("a.drv"), [("out", ZEROS, "", "")], [], "", "", [], [], 0, 0, 0, 0, 0, 0),
+    ],
+)
+def test_buildsAreNotThereYet(body):
+    """A build is refused with what to do instead."""
+    session = Session().send(HELLO + body)
+    assert "does not build" in session.errors and session.errors.count("\n") == 1
+    session.ended(1, session.errors)
+
+
+# --- failures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (wire(0), "unknown serve command 0"),
+        (wire(10), "unknown serve command 10"),
+        (wire(3, "/x/y"), "path '/x/y' is not in the Nix store"),
+        (wire(3, path("x")), f"path '{path('x')}' is not valid"),
+        (wire(5, 0, [path("x")]), f"path '{path('x')}' is not valid"),
+        (wire(7, 0, [path("x")]), f"path '{path('x')}' is not valid"),
+        (wire(4, 2), "input doesn't look like something created by 'nix-store --export' at offset 24"),
+    ],
+)
+def test_refusals(data, text):
+    """What is wrong is one line and exit status 1, with nothing on standard output; what follows is not read."""
+    session = Session().send(HELLO + data + wire(1, 0, 0, [])).send(wire(1, 0, 0, []))
+    session.ended(1, f"error: {text}\n")
+    assert session.transport.written == ANSWER
+
+
+FAILING = [
+    ("openSession", b""),
+    ("addTempRoots", wire(1, 0, 0, [])),
+    ("queryValidPaths", wire(1, 0, 0, [])),
+    ("queryPathInfos", wire(2, [])),
+    ("queryClosure", wire(7, 0, [])),
+    ("narFromPath", wire(3, LIB.path)),
+    ("exportPaths", wire(5, 0, [])),
+    ("addToStore", addRequest(LIB)),
+    ("feed", addRequest(LIB)),
+    ("finish", addRequest(LIB)),
+    ("importPath", wire(4) + exportItem(LIB) + wire(0)),
+    ("feed", wire(4) + exportItem(LIB) + wire(0)),
+    ("finish", wire(4) + exportItem(LIB) + wire(0)),
+]
+ERRORS = [
+    (StoreError("two\nlines"), "error: two lines\n"),
+    (InvalidPath(LIB.path), f"error: path '{LIB.path}' is not valid\n"),
+    (OSError(28, "No space left on device", "/secret"), "error: No space left on device\n"),
+    (
+        KeyError("secret"),
+        "error: internal error; the log of the server has more about session 7\n",
+    ),
+]
+
+
+@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+@pytest.mark.parametrize(("error", "line"), ERRORS, ids=["store", "path", "system", "bug"])
+@pytest.mark.parametrize(("call", "request_"), FAILING)
+def test_failuresInTheStore(call, request_, error, line, workers, logged):
+    """Whatever fails wherever: one line, exit status 1, everything freed; a bug tells the peer nothing of itself."""
+    session = Session(RecordingStore(), workers())
+    session.store.failures[call] = [error]
+    if call == "openSession" and isinstance(session.workers, SyncWorkers):
+        session.store.failures = {}
+        session = _SessionThatFailsToOpen(error)
+    session.send(HELLO + request_)
+    if isinstance(session.workers, ManualWorkers):
+        session.drain()
+    session.ended(1, line)
+    assert session.store.valid(LIB) == []
+    assert "secret" not in session.errors
+    assert [event for event in logged if str(event.get("log_level")).endswith(("warn>", "critical>"))]
+
+
+class _SessionThatFailsToOpen(Session):
+    def __init__(self, error):
+        store = RecordingStore()
+        store.failures["openSession"] = [error]
+        super().__init__(store)
+
+
+def test_failureWhileTheNarArrives():
+    """A NAR that cannot be stored ends the session at once, though more of it is on its way."""
+    info = ValidPathInfo(path=ZEROS, narHash=Hash("sha256", bytes(32)), narSize=1 << 30)
+    session = Session().send(HELLO + wire(9, info.path, "", info.narHash.hex, [], 0, info.narSize, 0, [], ""))
+    assert session.transport.status is None
+    session.send(b"this is not a NAR")
+    assert "bad archive" in session.errors
+    session.send(CHUNK).ended(1, session.errors)
+
+
+@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+def test_wrongHash(workers):
+    """A NAR that is not what was said is not registered."""
+    session = Session(workers=workers())
+    session.send(HELLO + addRequest(LIB, "0" * 64) + wire(1, 0, 0, []))
+    if workers is ManualWorkers:
+        session.drain()
+    assert "hash mismatch importing path" in session.errors
+    session.ended(1, session.errors)
+    assert session.replies == b"" and session.store.valid(LIB) == []
+
+
+def test_importKeepsWhatWasComplete():
+    """Objects of an export stream are registered as they come: a later one that fails takes none of them back."""
+    session = Session().send(HELLO + wire(4) + exportItem(LIB) + exportItem(APP)[:60] + b"garbage!" * 20)
+    assert "bad archive" in session.errors
+    session.ended(1, session.errors)
+    assert session.store.valid(LIB, APP) == [LIB]
+
+
+def test_readingFailsHalfway():
+    """If a path cannot be read to its end the client sees part of a NAR, the line, and the end."""
+    session = Session(workers=ManualWorkers())
+    session.store.big[ZEROS] = [CHUNK, CHUNK, CHUNK, OSError(5, "Input/output error")]
+    session.send(HELLO + wire(3, ZEROS) + wire(1, 0, 0, [])).drain().ended(1, "error: Input/output error\n")
+    assert session.replies == CHUNK * 2
+
+
+def test_refusalsAreLogged(logged):
+    """What is refused is in the log with who, what and why."""
+    Session(policy=READ_ONLY).send(HELLO + wire(4))
+    (event,) = [event for event in logged if "refused" in str(event.get("log_format"))]
+    assert (event["peer"], event["key"], event["command"]) == (Peer("here", "key", 7), "key", "IMPORT_PATHS")
+    assert str(event["error"]) == "importing paths is not allowed"
+
+
+# --- waiting for locks --------------------------------------------------------------------------------------
+
+
+def test_busy():
+    """A lock that somebody else holds is waited for without a worker, and after two seconds the client is told."""
+    session = sessionOf(LIB)
+    session.store.failures["addTempRoots"] = [Busy("the garbage collector")] * 12
+    session.send(HELLO + wire(1, 1, 0, [LIB.path]))
+    assert session.replies == b"" and session.transport.status is None
+    calls = session.workers.calls
+    session.clock.pump([0.1] * 12)
+    assert session.workers.calls - calls <= 12 and session.errors == ""
+    session.clock.pump([0.1] * 50)
+    assert session.errors == "waiting for the garbage collector...\n"
+    assert session.replies == wire([LIB.path])
+    session.eof()
+    assert session.transport.status == 0 and fired(session.server.ended)
+
+
+@pytest.mark.parametrize(
+    ("call", "request_"),
+    [
+        ("addTempRoots", wire(1, 1, 0, [LIB.path])),
+        ("addTempRoots", wire(3, LIB.path)),
+        ("addToStore", addRequest(LIB)),
+        ("addToStore", addRequest(LIB)[:-20]),
+        ("finish", wire(4) + exportItem(LIB)),
+    ],
+)
+@pytest.mark.parametrize("how", ["lose", "stop"])
+def test_endsWhileWaitingForALock(call, request_, how):
+    """A session that ends while it waits for a lock frees everything at once and stops waiting."""
+    session = sessionOf()
+    session.store.failures[call] = [Busy("a lock")] * 10_000
+    session.send(HELLO + request_)
+    session.clock.pump([0.01] * 20)
+    tries = session.store.names().count(call)
+    assert tries > 1 and not fired(session.server.ended)
+    if how == "lose":
+        session.lose().ended(1)
+    else:
+        session.server.stop()
+        session.ended(1, "error: the server is being stopped; try again later\n")
+    session.clock.pump([1] * 20)
+    assert session.store.names().count(call) == tries
+
+
+def test_lockOfAnotherSession():
+    """Two sessions that add the same path: the second waits, then finds it there."""
+    store = RecordingStore()
+    first, second = Session(store), Session(store)
+    first.send(HELLO + addRequest(LIB)[:-8])
+    second.send(HELLO + addRequest(LIB))
+    second.clock.pump([0.1] * 5)
+    assert second.replies == b"" and first.replies == b""
+    first.send(addRequest(LIB)[-8:])
+    assert first.replies == wire(1)
+    second.clock.pump([0.1] * 20)
+    assert second.replies == wire(1)
+
+
+def test_lockIsFreedByTheEnd():
+    """A path that a lost session was adding can be added by the next."""
+    store = RecordingStore()
+    first, second = Session(store), Session(store)
+    first.send(HELLO + addRequest(LIB)[:-8])
+    second.send(HELLO + addRequest(LIB))
+    first.lose()
+    second.clock.pump([0.1] * 5)
+    assert second.replies == wire(1) and store.valid(LIB) == [LIB]
+
+
+# --- slow peers ---------------------------------------------------------------------------------------------
+
+BIG_SIZE = 64 * 1024 * 1024
+BIG = wire(9, ZEROS, "", "0" * 64, [], 0, BIG_SIZE, 0, [], "")
+BIG_NAR = wire("nix-archive-1", "(", "type", "regular", "contents", 0)[:-8] + wire(BIG_SIZE - 200)
+
+
+def test_slowStorePausesThePeer():
+    """While a worker is busy with a NAR the session takes one MiB and a chunk, then nothing until it comes back."""
+    session = Session(workers=ManualWorkers()).send(HELLO).drain()
+    session.send(BIG + BIG_NAR)
+    sent = 0
+    for _ in range(20):
+        arrive = session.workers.run() if session.workers.waiting else lambda: None
+        before = sent
+        while not session.transport.paused:
+            session.send(bytes(32768))
+            sent += 32768
+            assert sent - before <= MAX_QUEUED + 32768
+            assert session.server._inflow._queued <= MAX_QUEUED + 32768
+        arrive()
+    assert sent > 10 * MAX_QUEUED
+    session.lose().drain()
+    assert fired(session.server.ended)
+
+
+def test_slowStoreHoldsLittleMemory():
+    """A large NAR costs a few MiB, however long it is."""
+    session = Session(workers=ManualWorkers()).send(HELLO).drain()
+    session.store.perform = lambda name, function, args: None if name == "feed" else function()
+    session.send(BIG + BIG_NAR).drain()
+    tracemalloc.start()
+    try:
+        for _ in range(48 * 4):
+            if session.transport.paused:
+                session.drain()
+            session.send(bytes(262144))
+        assert tracemalloc.get_traced_memory()[1] < 4 * MAX_QUEUED
+    finally:
+        tracemalloc.stop()
+    session.lose().drain()
+
+
+@pytest.mark.parametrize("size", [100, 32768, 3 * MAX_UNREAD])
+def test_requestsBehindABusyOneAreBounded(size):
+    """A client that pipelines without end is paused when 256 KiB are unread, and resumed when they are."""
+    session = Session(workers=ManualWorkers()).send(HELLO).drain()
+    request = wire(1, 0, 0, [])
+    flood = request * (size // len(request) + 1)
+    session.send(request)
+    sent = 0
+    while not session.transport.paused:
+        session.send(flood)
+        sent += len(flood)
+        assert sent <= MAX_UNREAD + len(flood)
+    assert session.server._connection.buffered <= MAX_UNREAD + len(flood)
+    session.drain()
+    assert not session.transport.paused
+    assert len(session.replies) == 8 * (1 + sent // len(request))
+    session.lose().drain()
+
+
+def test_pausedForTwoReasons():
+    """
+    A session that was paused for what is unread stays paused when that becomes a NAR for which there is no room.
+    """
+    session = Session(workers=ManualWorkers()).send(HELLO).drain()
+    session.send(wire(1, 0, 0, []))
+    session.send(BIG + BIG_NAR + bytes(MAX_QUEUED + MAX_UNREAD))
+    assert session.transport.paused
+    session.step()
+    assert session.server._inflow is not None and session.transport.paused
+    session.step()
+    assert not session.transport.paused
+    while not session.transport.paused:
+        session.send(bytes(32768))
+        assert session.server._inflow._queued <= MAX_QUEUED + 32768
+    session.lose().drain()
+
+
+def test_slowReaderPausesTheStore():
+    """A client that does not read stops the reading of files; it goes on where it stopped."""
+    session = Session(workers=ManualWorkers(), capacity=64 * 1024)
+    session.store.big[ZEROS] = [CHUNK] * 100
+    session.send(HELLO + wire(3, ZEROS) + wire(1, 0, 0, [])).drain()
+    assert session.store.chunksRead == 2 * READ_AHEAD // len(CHUNK)
+    assert len(session.replies) == READ_AHEAD
+    while session.transport.unread:
+        session.transport.take()
+        session.drain()
+        assert session.transport.mostUnread <= READ_AHEAD + 64 * 1024 + len(ANSWER)
+    assert session.replies == CHUNK * 100 + wire([])
+    session.eof().drain().ended(0)
+
+
+def test_readerThatNeverReads():
+    """A client that does not read for ten minutes is given up."""
+    session = Session(workers=ManualWorkers(), capacity=64 * 1024)
+    session.store.big[ZEROS] = [CHUNK] * 100
+    session.send(HELLO + wire(3, ZEROS)).drain()
+    session.clock.pump([10] * int(STALL_SECONDS / 10 * 2))
+    session.drain()
+    assert "nothing has moved for too long" in session.errors
+    session.ended(1, session.errors)
+
+
+@pytest.mark.parametrize("data", [wire(9), wire(1, 0)[:9], BIG + BIG_NAR + bytes(100), wire(4, 1), wire(4, 1) + b"\r"])
+def test_writerThatStalls(data):
+    """A client that stops in the middle of a request is given up after ten minutes, not before."""
+    session = Session().send(HELLO).send(data)
+    for _ in range(3):
+        session.clock.pump([60] * 9)
+        session.send(b"")
+    session.clock.pump([60] * 9)
+    assert session.transport.status is None
+    session.clock.pump([60] * 15)
+    session.ended(1, "error: nothing has moved for too long in the middle of a request; giving up\n")
+
+
+def test_idleClientMayStay():
+    """Between requests a client may be silent as long as it likes."""
+    session = Session().send(HELLO + wire(1, 0, 0, []))
+    session.clock.pump([600] * 100)
+    assert session.transport.status is None
+    session.send(wire(1, 0, 0, [])).eof().ended(0)
+
+
+def test_slowStoreIsNotTheClientsFault():
+    """A query that takes an hour is no stall."""
+    session = Session(workers=ManualWorkers()).send(HELLO).drain()
+    session.send(wire(1, 0, 0, []))
+    session.clock.pump([60] * 60)
+    assert session.transport.status is None
+    session.drain().eof().drain().ended(0)
+
+
+def test_heldLockIsNotTheClientsFault():
+    """A lock that somebody holds for an hour, while the client waits to send more, is no stall either."""
+    session = Session().send(HELLO)
+    session.store.failures["addToStore"] = [Busy("the lock on 'x'", 1.0)] * 10_000
+    session.send(BIG + BIG_NAR + bytes(2 * MAX_QUEUED))
+    session.clock.pump([60] * 60)
+    assert session.transport.paused and session.transport.status is None
+    session.lose()
+    assert fired(session.server.ended)
+
+
+def test_sessionThatNeverBegan():
+    """A session that was given out and never connected does not keep the server from stopping."""
+    sessions = ServeSessions(RecordingStore(), SyncWorkers(), SyncWorkers().reactor)
+    sessions.buildSession(EVERYTHING, Peer("nowhere"))
+    assert len(sessions) == 1
+    assert fired(sessions.stop())
+    assert len(sessions) == 0
+
+
+# --- ends ---------------------------------------------------------------------------------------------------
+
+
+STATES = {
+    "before the handshake": (b"", 0),
+    "while the session opens": (b"", None),
+    "inside the handshake": (CLIENT_MAGIC[:5], 0),
+    "after the hello": (CLIENT_MAGIC, 0),
+    "between requests": (HELLO, 0),
+    "inside a request": (HELLO + wire(1, 0), 0),
+    "while a query is answered": (HELLO + wire(1, 0, 0, []), None),
+    "inside a NAR": (HELLO + BIG + BIG_NAR, 0),
+    "inside a NAR that is being written": (HELLO + BIG + BIG_NAR + CHUNK, None),
+    "while a NAR is finished": (HELLO + addRequest(LIB), None),
+    "inside an export stream": (HELLO + wire(4), 0),
+    "inside a NAR of an export stream": (HELLO + wire(4) + exportItem(LIB)[:60], 0),
+    "behind a NAR of an export stream": (HELLO + wire(4) + exportItem(LIB)[:-10], 0),
+    "while a stream is read": (HELLO + wire(3, ZEROS), None),
+}
+
+
+def inState(name):
+    """
+    A session in a state, and what makes the result of the call arrive that runs in a thread, if one does.
+    """
+    data, running = STATES[name]
+    session = Session(workers=ManualWorkers())
+    session.store.big[ZEROS] = [CHUNK] * 10
+    if name == "while the session opens":
+        return session, session.workers.run()
+    session.drain().send(data)
+    arrive = None
+    if running is None:
+        arrive = session.workers.run()
+    else:
+        session.drain()
+    return session, arrive
+
+
+@pytest.mark.parametrize("reason", [ConnectionDone(), ConnectionLost("reset"), ProcessTerminated(1)])
+@pytest.mark.parametrize("state", STATES)
+def test_connectionLost(state, reason, logged):
+    """
+    The connection goes away: everything is freed once, after what runs in a thread; nothing is written any more; and
+    the log does not call it a bug.
+    """
+    session, arrive = inState(state)
+    before = bytes(session.transport.written)
+    session.lose(reason)
+    if arrive is not None:
+        assert not fired(session.server.ended) and "close" not in session.store.names()
+        arrive()
+    session.drain().ended(1)
+    assert session.transport.written == before
+    session.lose(reason).send(b"more")
+    session.eof()
+    assert not session.workers.waiting and session.transport.exits == 1
+    assert not [event for event in logged if event.get("log_failure")]
+    assert session.store.valid(LIB) == [LIB] * (
+        state == "while a NAR is finished" and "finish" in session.store.names()
+    )
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_stop(state):
+    """The server goes down: likewise, and the client is told."""
+    session, arrive = inState(state)
+    session.server.stop()
+    if arrive is not None:
+        arrive()
+    session.drain().ended(1, "error: the server is being stopped; try again later\n")
+    session.server.stop()
+    session.lose()
+    assert session.transport.exits == 1
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_endOfInput(state):
+    """The client ends its side: what it asked for completely is still answered, then the session ends."""
+    session, arrive = inState(state)
+    session.eof()
+    if arrive is not None:
+        arrive()
+    session.drain()
+    complete = ("between requests", "while a query is answered", "while a NAR is finished", "while a stream is read")
+    if state in complete:
+        session.ended(0)
+    else:
+        session.ended(1, "error: unexpected end-of-file\n")
+    session.lose()
+    assert session.transport.exits == 1
+
+
+def test_closedForWriting():
+    """A client that reads nothing more ends the session: every answer would be lost."""
+    session = Session(workers=ManualWorkers()).drain().send(HELLO + wire(1, 0, 0, []))
+    session.server.writeConnectionLost()
+    session.drain().ended(1)
+
+
+def test_firstCauseCounts():
+    """What ended the session is what is reported, whatever happens then."""
+    session = Session(workers=ManualWorkers()).drain().send(HELLO + wire(1, 0, 0, []))
+    session.server.stop()
+    session.lose()
+    session.drain().ended(1, "error: the server is being stopped; try again later\n")
+
+
+def test_lostConnectionStopsPipelinedRequests():
+    """Requests that lie unread when the connection goes are not carried out."""
+    session = sessionOf(LIB, workers=ManualWorkers()).drain()
+    session.send(HELLO + wire(1, 0, 0, [LIB.path]) + addRequest(APP) + wire(3, LIB.path) * 5)
+    arrive = session.workers.run()
+    session.lose()
+    arrive()
+    session.drain().ended(1)
+    assert session.store.names() == ["openSession", "addTempRoots", "queryValidPaths", "close"]
+
+
+def test_closingFails(logged):
+    """If the store cannot free the session, the log says so, and the session has ended."""
+    session = Session()
+    session.store.failures["close"] = [OSError("no")]
+    session.send(HELLO).eof()
+    assert fired(session.server.ended) and session.transport.status == 0
+    assert [event for event in logged if "closing session" in str(event.get("log_format"))]
+
+
+# --- all sessions -------------------------------------------------------------------------------------------
+
+
+def test_sessions():
+    """A service counts its sessions, and stopping ends them all and waits for what they hold."""
+    store, workers = RecordingStore(), ManualWorkers()
+    sessions = ServeSessions(store, workers, workers.reactor, lambda uri: uri == "auto")
+    assert sessions.isServed("auto") and not sessions.isServed("/other")
+    transports = [RecordingTransport() for _ in range(3)]
+    servers = [sessions.buildSession(READ_ONLY, Peer("here", session=n)) for n in range(3)]
+    for server, transport in zip(servers, transports, strict=True):
+        server.makeConnection(transport)
+    workers.drain()
+    servers[0].readConnectionLost()
+    workers.drain()
+    assert len(sessions) == 2 and transports[0].status == 1
+    stopped = sessions.stop()
+    assert not fired(stopped)
+    workers.drain()
+    assert result(stopped) is None and len(sessions) == 0
+    assert [transport.errors for transport in transports[1:]] == [
+        b"error: the server is being stopped; try again later\n"
+    ] * 2
+    assert store.names().count("close") == 3
+
+
+def test_noSessions():
+    """Without sessions there is nothing to wait for, and no other store is served unless told."""
+    sessions = ServeSessions(RecordingStore(), SyncWorkers(), SyncWorkers().reactor)
+    assert result(sessions.stop()) is None
+    assert not sessions.isServed("auto")

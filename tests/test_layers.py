@@ -1,0 +1,158 @@
+"""The layers: who may import whom, read from the import statements of every module."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ["errors", "codec", "store", "builder", "protocol", "ssh", "hook", "app"]
+ANYTHING = {"testing"}
+"""Modules above all layers, which nothing imports."""
+
+WITHOUT_TWISTED = {"errors", "codec", "store", "builder"}
+FORBIDDEN_IN_CODEC = {
+    "asyncio", "fcntl", "glob", "io", "multiprocessing", "os", "pathlib", "pwd", "select", "selectors", "shutil",
+    "signal", "socket", "sqlite3", "ssl", "subprocess", "tempfile", "threading", "time", "urllib", "_thread",
+}  # fmt: skip
+"""What reaches files, sockets, clocks, the environment or threads."""
+
+FORBIDDEN_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
+
+MODULES = sorted([*ROOT.glob("nixserve/**/*.py"), *ROOT.glob("twisted/plugins/*.py")])
+
+
+def moduleName(file):
+    """The dotted name of a file."""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layerOf(module):
+    """The layer of a dotted name in nixserve; C{None} for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def imports(source):
+    """
+    The imports in C{source}.
+
+    @return: for each, the dotted name, and whether it stands in a function.
+    """
+    found = []
+
+    def visit(node, inFunction):
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, inFunction) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert all(alias.name != "*" for alias in node.names), "no star imports"
+            if node.module == "nixserve":
+                # What is no subpackage is a name of the package's own, such as its version.
+                packages = {alias.name for alias in node.names} & {*LAYERS, *ANYTHING}
+                found.extend((f"nixserve.{name}", inFunction) for name in packages)
+            else:
+                found.append((node.module, inFunction))
+        inside = inFunction or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def breaches(module, source):
+    """
+    The rules that a module breaks, as texts.
+
+    @param module: its dotted name.
+    """
+    found = []
+    isPlugin = module.startswith("twisted.plugins")
+    layer = "app" if isPlugin else layerOf(module)
+    if FORBIDDEN_NAMES & set(module.split(".")):
+        found.append("is called after nothing that it holds")
+    if layer in ANYTHING:
+        return found
+    for name, inFunction in imports(source):
+        top = name.partition(".")[0]
+        if inFunction and layer != "app":
+            found.append(f"imports {name} in a function")
+        if top == "nixserve":
+            target = layerOf(name)
+            if target is None:
+                continue
+            if target in ANYTHING:
+                found.append(f"imports {name}")
+            elif layer is None or target not in LAYERS or LAYERS.index(target) > LAYERS.index(layer):
+                found.append(f"imports {name} of a later layer")
+        elif (layer in WITHOUT_TWISTED and top in ("twisted", "zope")) or (
+            layer in ("errors", "codec") and (top not in sys.stdlib_module_names or top in FORBIDDEN_IN_CODEC)
+        ):
+            found.append(f"imports {name}")
+    if layer in ("errors", "codec") and re.search(r"(?<![\w.])(open|input|print)\(", source):
+        found.append("opens files or talks to the terminal")
+    return found
+
+
+@pytest.mark.parametrize("file", MODULES, ids=[moduleName(file) for file in MODULES])
+def test_layers(file):
+    """The module keeps to its layer."""
+    assert breaches(moduleName(file), file.read_text()) == []
+
+
+def test_modulesAreFound():
+    """The test above looks at the modules there are, and every package is a layer."""
+    names = {moduleName(file) for file in MODULES}
+    assert {"nixserve.errors", "nixserve.codec.serve", "nixserve.protocol.server"} <= names
+    assert {layerOf(name) for name in names if name.startswith("nixserve.")} <= {*LAYERS, *ANYTHING}
+
+
+def test_onlyThePluginLivesInTwisted():
+    """Twisted's namespace packages get no C{__init__.py} from us."""
+    assert not list(ROOT.glob("twisted/__init__.py")) + list(ROOT.glob("twisted/plugins/__init__.py"))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("nixserve.codec.x", "import os"),
+        ("nixserve.codec.x", "from time import time"),
+        ("nixserve.codec.x", "import zope.interface"),
+        ("nixserve.codec.x", "import cryptography"),
+        ("nixserve.codec.x", "from nixserve.store.api import Busy"),
+        ("nixserve.codec.x", "from nixserve import store"),
+        ("nixserve.codec.x", "data = open('x')"),
+        ("nixserve.store.x", "from twisted.internet import defer"),
+        ("nixserve.store.x", "import nixserve.protocol.server"),
+        ("nixserve.store.x", "def f():\n    import os"),
+        ("nixserve.store.x", "async def f():\n    import os"),
+        ("nixserve.store.x", "import nixserve.testing"),
+        ("nixserve.protocol.x", "from nixserve.ssh.keys import x"),
+        ("nixserve.ssh.x", "def f():\n    def g():\n        from nixserve.errors import x"),
+        ("nixserve.utils", ""),
+        ("nixserve.store.common", ""),
+        ("twisted.plugins.x", "from nixserve import testing"),
+        ("nixserve", "from nixserve.errors import x"),
+    ],
+)
+def test_breachesAreSeen(module, source):
+    """Each rule can be broken."""
+    assert breaches(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("nixserve.codec.x", "import json\nfrom nixserve.errors import x\nfrom nixserve.codec.y import z"),
+        ("nixserve.store.x", "import os, threading\nfrom nixserve.codec.y import z"),
+        ("nixserve.app.x", "def f():\n    import twisted"),
+        ("nixserve.testing", "from nixserve.app.x import y"),
+        ("twisted.plugins.x", "from nixserve.app.x import y"),
+    ],
+)
+def test_whatIsAllowed(module, source):
+    """What keeps to the rules is no breach."""
+    assert breaches(module, source) == []
