@@ -55,6 +55,8 @@ _SMALL_FILE = 64 * 1024
 
 # O_NONBLOCK, so that a FIFO put in the place of a file is an error and no wait.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+# The kernel's PATH_MAX, without the NUL.
+_MAX_PATH = 4095
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # The modification time of everything in a store: one second after the epoch (Nix, local-store.cc:mtimeStore).
@@ -341,19 +343,29 @@ class PathRestorer:
             if isinstance(event, Contents):
                 self._write(event.data)
             elif isinstance(event, Regular):
+                self._setName(event.name)
                 self._startFile(event)
             elif isinstance(event, Directory):
-                self._startDirectory(event.name or self._walk.base)
+                self._setName(event.name)
+                self._startDirectory()
             elif isinstance(event, Symlink):
-                name = self._name = event.name or self._walk.base
-                os.symlink(event.target, name, dir_fd=self._walk.fd)
-                os.utime(name, ns=self._times, dir_fd=self._walk.fd, follow_symlinks=False)
+                self._setName(event.name)
+                os.symlink(event.target, self._name, dir_fd=self._walk.fd)
+                os.utime(self._name, ns=self._times, dir_fd=self._walk.fd, follow_symlinks=False)
             else:
                 self._endDirectory()
 
+    def _setName(self, name: bytes) -> None:
+        """
+        Note the name of what is created now. Its whole path must be one that the kernel takes: Nix's collector works
+        with whole paths, and would fail on an object that it can neither read nor delete, now and for ever.
+        """
+        self._name = name or self._walk.base
+        if self._walk.pathSize + 1 + len(self._name) > _MAX_PATH:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+
     def _startFile(self, event: Regular) -> None:
         """Create a file."""
-        self._name = event.name or self._walk.base
         self._fileMode = 0o555 if event.executable else 0o444
         self._file = os.open(self._name, _CREATE_FLAGS, self._fileMode, dir_fd=self._walk.fd)
         self._fileLeft = event.size
@@ -378,9 +390,9 @@ class PathRestorer:
         self._file = -1
         os.close(file)
 
-    def _startDirectory(self, name: bytes) -> None:
+    def _startDirectory(self) -> None:
         """Create a directory, one that we can write to, and go there."""
-        self._name = name
+        name = self._name
         os.mkdir(name, 0o755, dir_fd=self._walk.fd)
         try:
             self._walk.enter(name)

@@ -16,6 +16,8 @@ __all__ = ["Walk", "chmodNode", "failure", "lstatNode", "unsupported"]
 _MAX_OPEN = 32
 _PARENT_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Characters of each end of a long path that a message shows.
+_SHOWN = 200
 _NODE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -28,9 +30,10 @@ class Walk:
 
     @ivar base: the name of the tree in the directory that contains it, where the walk starts.
     @ivar fd: descriptor of the current directory.
+    @ivar pathSize: bytes of its path.
     """
 
-    __slots__ = ("_fds", "_ids", "_lowest", "_names", "base", "fd")
+    __slots__ = ("_fds", "_ids", "_lowest", "_names", "base", "fd", "pathSize")
 
     def __init__(self, path: str) -> None:
         parent, base = os.path.split(os.fsencode(path).rstrip(b"/"))
@@ -39,6 +42,7 @@ class Walk:
         # For each directory on the way its name, its descriptor or -1, and if -1 its device and inode. The first one
         # is always open; among the others those from _lowest on are.
         self._names = [parent]
+        self.pathSize = len(parent)
         self._fds = [self.fd]
         self._ids: list[tuple[int, int] | None] = [None]
         self._lowest = 1
@@ -64,6 +68,7 @@ class Walk:
         """Go down into a directory."""
         fd = os.open(name, _DIRECTORY_FLAGS, dir_fd=self.fd)
         self._names.append(name)
+        self.pathSize += 1 + len(name)
         self._fds.append(fd)
         self._ids.append(None)
         self.fd = fd
@@ -88,7 +93,9 @@ class Walk:
         os.close(self._fds.pop())
         self._ids.pop()
         self.fd = self._fds[-1]
-        return self._names.pop()
+        name = self._names.pop()
+        self.pathSize -= 1 + len(name)
+        return name
 
 
 def _identity(fd: int) -> tuple[int, int]:
@@ -103,7 +110,9 @@ def lstatNode(name: bytes | str, dirFd: int) -> os.stat_result:
 
 
 def failure(doing: str, path: str, error: OSError) -> StoreError:
-    """The error that tells of C{error}."""
+    """The error that tells of C{error}; of a path that would fill the screen, beginning and end."""
+    if len(path) > 2 * _SHOWN:
+        path = f"{path[:_SHOWN]}[...]{path[-_SHOWN:]}"
     return StoreError(f"cannot {doing} '{path}': {error.strerror}")
 
 

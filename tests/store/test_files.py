@@ -399,20 +399,64 @@ def deepNar(name=b"d" * 60):
     return b"".join(encodeNar([*start, *(level * LEVELS)]))
 
 
+def makeDeep(path, name="d" * 60):
+    """Make the tree of L{deepNar} on disk, where the restorer would refuse it."""
+    os.mkdir(path)
+    fd = os.open(path, os.O_RDONLY)
+    for level in range(LEVELS):
+        os.close(os.open("z", os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=fd))
+        with open(os.open("z", os.O_WRONLY, dir_fd=fd), "wb") as stream:
+            stream.write(b"z")
+        if level < LEVELS - 1:
+            os.mkdir(name, dir_fd=fd)
+            deeper = os.open(name, os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+    os.close(fd)
+
+
 class TestDeep:
     """Deep trees, with few descriptors"""
 
     def test_everything(self, place):
-        """Restored, dumped, canonicalised and deleted, with no more than a few dozen descriptors."""
+        """Dumped, canonicalised and deleted, with no more than a few dozen descriptors."""
         data = deepNar()
+        makeDeep(place + "/x")
         with fewDescriptors(45):
             before = openFiles()
-            assert restore(place + "/x", data, 1 << 16)[0] == hashBytes("sha256", data)
             assert dump(place + "/x") == data
             canonicalisePathMetaData(place + "/x")
             assert dump(place + "/x") == data
             assert deletePath(place + "/x") == LEVELS
             assert openFiles() == before
+        assert os.listdir(place) == []
+
+    def test_deepestPath(self, place):
+        """A tree whose longest path the kernel just takes is restored, with few descriptors."""
+        room = 4095 - len(os.fsencode(place + "/x"))
+        names = [b"d"] * (room // 2 - 1)
+        last = b"z" * (room - 2 * len(names) - 1)
+        nodes = [Directory(b""), *map(Directory, names), Regular(last, False, 0)]
+        data = b"".join(encodeNar([*nodes, *([EndDirectory()] * (len(names) + 1))]))
+        with fewDescriptors(45):
+            assert restore(place + "/x", data, 1 << 16)[0] == hashBytes("sha256", data)
+            assert dump(place + "/x") == data
+        assert os.path.isfile(os.fsencode(place + "/x/") + b"/".join([*names, last]))
+
+    @pytest.mark.parametrize("kind", ["file", "directory", "symlink"])
+    def test_pathTooLong(self, place, kind):
+        """One byte more and it is refused: Nix's collector could never delete it."""
+        room = 4095 - len(os.fsencode(place + "/x"))
+        names = [b"d"] * (room // 2 - 1)
+        last = b"z" * (room - 2 * len(names))
+        node = {"file": Regular(last, False, 0), "directory": Directory(last), "symlink": Symlink(last, b"x")}[kind]
+        ends = len(names) + (2 if kind == "directory" else 1)
+        data = b"".join(encodeNar([Directory(b""), *map(Directory, names), node, *([EndDirectory()] * ends)]))
+        with pytest.raises(StoreError, match="File name too long") as caught:
+            restore(place + "/x", data)
+        assert len(str(caught.value)) < 600
+        assert os.listdir(os.fsencode(place + "/x/") + b"/".join(names)) == []
+        deletePath(place + "/x")
         assert os.listdir(place) == []
 
     def test_movedAway(self, place):
