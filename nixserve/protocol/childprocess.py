@@ -104,6 +104,11 @@ class ProcessTransport(ProcessProtocol):
             self._output.connectionLost(reason)
         self._protocol.connectionLost(reason)
 
+    @property
+    def sent(self) -> int:
+        """See L{IServeTransport}."""
+        return 0 if self._output is None else self._output.sent
+
     def write(self, data: bytes) -> None:
         """See L{IServeTransport}."""
         if self._output is not None:

@@ -25,6 +25,11 @@ class IServeTransport(ITransport):
     with the transport and slows down the sender.
     """
 
+    sent = Attribute(
+        "Bytes of standard output that have left for the peer, as far as this side can tell: it grows as long as the "
+        "peer reads."
+    )
+
     def writeError(data: bytes) -> None:
         """
         Write to the session's standard error. Never blocks and never grows without bound: what the peer

@@ -89,6 +89,7 @@ class _RelayTransport:
     def __init__(self, transport: Any) -> None:
         self._transport = transport
         self._exiting = False
+        self._written = 0
         # As IConsumer has it, these mean the socket as a whole.
         self.registerProducer = transport.registerProducer
         self.unregisterProducer = transport.unregisterProducer
@@ -98,6 +99,11 @@ class _RelayTransport:
         self.abortConnection = transport.abortConnection
         self.getPeer = transport.getPeer
         self.getHost = transport.getHost
+
+    @property
+    def sent(self) -> int:
+        """See L{IServeTransport}."""
+        return self._written - pendingOf(self._transport)
 
     def write(self, data: bytes) -> None:
         """See L{IServeTransport}."""
@@ -131,7 +137,9 @@ class _RelayTransport:
         if self._exiting:
             return
         for start in range(0, len(data), MAX_FRAME):
-            self._transport.write(encodeFrame(kind, data[start : start + MAX_FRAME]))
+            frame = encodeFrame(kind, data[start : start + MAX_FRAME])
+            self._written += len(frame)
+            self._transport.write(frame)
 
 
 class RelayFactory(Factory):

@@ -70,6 +70,10 @@ MAX_UNREAD = 256 * 1024
 STALL_SECONDS = 600.0
 """A session in the middle of a request that moves no byte for so long ends."""
 
+HALF_CLOSED_SECONDS = 2.0
+"""The same for a session whose peer has sent EOF and only has to go on reading. It is looked at so often: what moves no
+byte is gone within twice that, and a reader on the slowest of links takes some."""
+
 
 @implementer(IHalfCloseableProtocol)
 class ServeServer(Protocol):
@@ -120,6 +124,7 @@ class ServeServer(Protocol):
         # Why the conversation has to end, if something outside it says so.
         self._cause: Failure | None = None
         self._exiting = False
+        self._sentBefore = -1
         self.ended: Deferred[None] = Deferred()
 
     # --- the transport ------------------------------------------------------------------------------------
@@ -143,7 +148,11 @@ class ServeServer(Protocol):
             self._throttle.pause(self)
 
     def readConnectionLost(self) -> None:
-        """The peer will send nothing more."""
+        """
+        The peer will send nothing more. It may still read; but if it stops that too, it is most likely dead: ssh whose
+        reader is gone says no more than EOF to a server that does not call itself OpenSSH.
+        """
+        self._stall.shorten(HALF_CLOSED_SECONDS)
         self._connection.receiveEOF()
         self._wake()
 
@@ -390,8 +399,9 @@ class ServeServer(Protocol):
         self._end(Failure(PolicyError("the server is being stopped; try again later")))
 
     def _stalled(self) -> None:
-        if self._door.working:
-            # It is we who wait, for a lock or a disk.
+        sent, self._sentBefore = self._sentBefore, self.transport.sent
+        # Either it is we who wait, for a lock or a disk; or a slow reader is still busy with what was written.
+        if self._door.working or sent != self._sentBefore:
             self._stall.start()
             return
         self._end(Failure(RemoteProtocolError("nothing has moved for too long in the middle of a request; giving up")))

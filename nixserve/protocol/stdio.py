@@ -96,10 +96,13 @@ class InputStream(Stream):
 class OutputStream(Stream):
     """
     Writes, and is a consumer for producers.
+
+    @ivar sent: bytes written so far.
     """
 
     def __init__(self, reactor: Any, fd: int, lost: Callable[[Failure], None]) -> None:
         super().__init__(reactor, fd, lost)
+        self.sent = 0
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             # A pipe whose reader has gone becomes "readable": the only way to hear of it while nothing is written.
             self.startReading()
@@ -111,6 +114,8 @@ class OutputStream(Stream):
     def writeSomeData(self, data: bytes) -> int | Exception:
         """For L{abstract.FileDescriptor}."""
         written: int | Exception = fdesc.writeToFD(self._fd, data)
+        if isinstance(written, int):
+            self.sent += written
         return written
 
 
@@ -146,6 +151,11 @@ class StdioTransport:
         self._input: InputStream | None = InputStream(reactor, stdin, protocol.dataReceived, self._inputLost)
         self._input.startReading()
         protocol.makeConnection(self)
+
+    @property
+    def sent(self) -> int:
+        """See L{IServeTransport}."""
+        return 0 if self._output is None else self._output.sent
 
     def write(self, data: bytes) -> None:
         """See L{IServeTransport}."""

@@ -311,6 +311,12 @@ class StallTimer:
         """The peer need not act."""
         self._running = False
 
+    def shorten(self, seconds: float) -> None:
+        """From now on wait no longer than this."""
+        self._seconds = seconds
+        if self._delay is not None:
+            self._delay.reset(seconds)
+
     def close(self) -> None:
         """Nobody is to act any more."""
         self._running = False

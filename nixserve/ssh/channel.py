@@ -68,6 +68,7 @@ class PacedChannel(SSHChannel):
     @cvar deliversAfterClose: whether bytes that arrived before the peer closed are still delivered to a protocol
         that has paused. A client wants them; on a server the session ends the moment its client is gone.
     @ivar protocol: the session's, while there is one.
+    @ivar sent: see L{nixserve.protocol.interfaces.IServeTransport}.
     @ivar exitStatus: what the peer's command exited with, if it said so.
     """
 
@@ -88,6 +89,7 @@ class PacedChannel(SSHChannel):
         self._clock = clock
         self.queue = SendQueue()
         self.queued = False
+        self.sent = 0
         self.exitStatus: int | None = None
         self.protocol: IProtocol | None = None
         self._producer: Any = None
@@ -211,6 +213,7 @@ class PacedChannel(SSHChannel):
         isError, data = self.queue.take(self.remoteWindowLeft, min(self.remoteMaxPacket, MAX_PACKET), reserve)
         if data:
             self.remoteWindowLeft -= len(data)
+            self.sent += len(data)
             self.conn.sendPiece(self, isError, data)
             self._resumeProducerLater()
             return True

@@ -42,6 +42,11 @@ class RecordingTransport:
         self.unread = 0
         self.mostUnread = 0
 
+    @property
+    def sent(self):
+        """See L{IServeTransport}."""
+        return len(self.written) - self.unread
+
     def write(self, data):
         """See L{IServeTransport}."""
         if self.status is not None:
