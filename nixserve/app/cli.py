@@ -6,6 +6,7 @@ becomes an exit status here, and only here.
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import click
@@ -42,6 +43,8 @@ def main() -> None:
     except NixServeError as e:
         _fail(str(e), e.exitStatus, e)
     except OSError as e:
+        # It may have been standard output, of which Python tries to write the rest once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _fail(": ".join(filter(None, (e.filename, e.strerror or str(e)))), 1, e)
 
 

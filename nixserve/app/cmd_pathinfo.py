@@ -92,10 +92,11 @@ def _facts(info: ValidPathInfo, closureSize: int | None) -> dict[str, Any]:
         "narSize": info.narSize,
         "references": sorted(info.references),
         "registrationTime": info.registrationTime,
-        "ultimate": info.ultimate,
     }
     if closureSize is not None:
         facts["closureSize"] = closureSize
+    if info.ultimate:
+        facts["ultimate"] = True
     if info.deriver:
         facts["deriver"] = info.deriver
     if info.sigs:

@@ -166,7 +166,7 @@ class ServeService(Service):
             if isinstance(e, OSError):
                 raise UsageError(f"{e.filename or self.settings.state}: {e.strerror or e}") from e
             raise
-        # A worker that restores thousands of small files gives the reactor its turn after so many seconds at the latest.
+        # A worker that restores thousands of small files gives the reactor its turn after at most so many seconds.
         # Measured beside such an upload, the slowest answers to another session come in 9 ms instead of 16 to 44.
         sys.setswitchinterval(0.001)
         gc.freeze()
@@ -203,6 +203,7 @@ class ServeService(Service):
             self._workers.stop()
         if self._store is not None:
             self._store.close()
+        self._workers = self._store = None
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, end the sessions, then let go of the store."""
@@ -210,13 +211,17 @@ class ServeService(Service):
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
+        workers, self._workers = self._workers, None
+        store, self._store = self._store, None
+        if workers is None or store is None:
+            # It did not start, or has been stopped already.
+            return
         await gatherResults([maybeDeferred(port.stopListening) for port in self.ports], consumeErrors=True)
         self.ports.clear()
         await self.sessions.stop()
         self._ssh.loseConnections()
-        assert self._workers is not None and self._store is not None, "it has started"
-        self._workers.stop()
-        self._store.close()
+        workers.stop()
+        store.close()
 
     def _listen(self, text: str, endpoint: IStreamServerEndpoint, factory: Factory) -> None:
         """
@@ -268,6 +273,15 @@ class ServeService(Service):
         )
 
 
+class CannotStart(SystemExit, Exception):
+    """
+    Ends the process with one line.
+
+    It is an L{Exception} too because twistd, when it has gone into the background, waits for ever for a child that
+    ended with anything else (Twisted 26.10, _twistd_unix.py: postApplication, daemonize).
+    """
+
+
 class CommandService(ServeService):
     """
     The service as the whole of a process: what keeps it from starting ends the process with one line.
@@ -277,14 +291,14 @@ class CommandService(ServeService):
         """
         As L{ServeService.startService}.
 
-        @raise SystemExit: it cannot start.
+        @raise CannotStart: as it says.
         """
         try:
             super().startService()
         except NixServeError as e:
             # In the log too: a daemon's standard error leads nowhere.
             self.log.critical("cannot start: {error}", error=e)
-            raise SystemExit(f"nixserve: error: {e}") from None
+            raise CannotStart(f"nixserve: error: {e}") from None
 
 
 def _endpoint(reactor: Any, text: str) -> IStreamServerEndpoint:

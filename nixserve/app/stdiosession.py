@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet import reactor
@@ -23,11 +24,12 @@ from zope.interface import provider
 
 from nixserve.app.settings import chooseStore, logPath
 from nixserve.errors import UsageError
-from nixserve.protocol.policy import Peer
+from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.server import ServeSessions
 from nixserve.protocol.stdio import StdioTransport
 from nixserve.protocol.workers import Workers
 from nixserve.ssh.command import ServeCommand
+from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 
 __all__ = ["serveStdio"]
@@ -40,7 +42,7 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
     @return: the exit status.
     """
     _startLog(logPath(environ))
-    store = LocalStore(chooseStore(command.storeURI, environ))
+    store = LocalStore(_restrict(chooseStore(command.storeURI, environ), command.policy))
     runner: Any = reactor
     workers = Workers(runner)
     sessions = ServeSessions(store, workers, runner)
@@ -60,6 +62,13 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
     workers.stop()
     store.close()
     return statuses[0] if statuses else 1
+
+
+def _restrict(layout: StoreLayout, policy: Policy) -> StoreLayout:
+    """A session that may only read can do so on a store that this user may not write."""
+    if Right.WRITE in policy.rights or not os.path.isdir(layout.dbDir) or os.access(layout.dbDir, os.W_OK):
+        return layout
+    return replace(layout, readOnly=True)
 
 
 def _startLog(path: str | None) -> None:

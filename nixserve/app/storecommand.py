@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from nixserve import __version__
 from nixserve.codec.relay import MAX_FRAME, Frame, FrameReader, RelayHeader
-from nixserve.errors import FormatError, NixServeError, PolicyError, UsageError
+from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteError, UsageError
 from nixserve.ssh.command import ServeCommand, parseCommand
 
 __all__ = ["main"]
@@ -38,6 +38,15 @@ the forced command of a key in OpenSSH's authorized_keys, or from Nix:
   --version, --help
 """
 
+_SYNOPSIS = "usage: nixserve-store --serve [--write | --rights LIST] [--store URI] [--connect SOCKET]"
+
+_VALUES = {
+    "--serve": 0, "--write": 0, "--rights": 1, "--store": 1, "--connect": 1,
+    # Added by some clients, meant for real Nix.
+    "--builders": 1, "--option": 2,
+}  # fmt: skip
+"""How many values follow each option."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
@@ -54,29 +63,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command, socketPath = _parse(arguments)
+        if sys.stdin is not None and sys.stdin.isatty():
+            raise UsageError("this speaks a protocol to a program, not to a person; " + _SYNOPSIS)
         if socketPath is not None:
             return relay(socketPath, RelayHeader(str(command.policy), command.storeURI or ""))
         return serve(command, os.environ)
     except NixServeError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exitStatus
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parse(arguments: list[str]) -> tuple[ServeCommand, str | None]:
     """
-    The command line is read by what reads forced commands, so that both are the same language.
+    What is asked for, and the socket of C{--connect}. The rest of the command line is read by what reads forced
+    commands, so that both are the same language.
     """
     socketPath = None
-    if "--connect" in arguments:
-        at = arguments.index("--connect")
-        if at + 1 == len(arguments):
-            raise UsageError("--connect needs the path of a socket; see --help")
-        socketPath = arguments[at + 1]
-        del arguments[at : at + 2]
+    words, serving = list(arguments), False
+    rest: list[str] = []
+    while words:
+        word = words.pop(0)
+        if word not in _VALUES:
+            raise UsageError(f"unknown argument '{word}'; {_SYNOPSIS}")
+        values, words = words[: _VALUES[word]], words[_VALUES[word] :]
+        if len(values) < _VALUES[word]:
+            raise UsageError(f"'{word}' needs {_VALUES[word]} more; {_SYNOPSIS}")
+        serving = serving or word == "--serve"
+        if word == "--connect":
+            socketPath = values[0]
+        else:
+            rest += [word, *values]
+    if not serving:
+        raise UsageError(f"'--serve' is missing; {_SYNOPSIS}")
     try:
-        return parseCommand(shlex.join(["nixserve-store", *arguments])), socketPath
+        return parseCommand(shlex.join(["nixserve-store", *rest])), socketPath
     except PolicyError as e:
-        raise UsageError(f"{e}; see nixserve-store --help") from e
+        raise UsageError(str(e)) from e
 
 
 def serve(command: ServeCommand, environ: Mapping[str, str]) -> int:
@@ -97,16 +121,16 @@ def relay(path: str, header: RelayHeader) -> int:
     Blocking, in three threads: one for each stream, so that none has to wait for another. Standard error goes
     through a bounded queue and is dropped when nobody reads it: it must never hold up a reply.
 
-    @raise UsageError: there is no service.
+    @raise RemoteError: there is no service.
     """
     connection = socket.socket(socket.AF_UNIX)
     try:
         connection.connect(path)
+        connection.sendall(header.encode())
     except OSError as e:
-        raise UsageError(
+        raise RemoteError(
             f"cannot connect to '{path}': {e.strerror or e}; is 'twistd nixserve' running, and with this --socket?"
         ) from e
-    connection.sendall(header.encode())
     errors: queue.Queue[bytes] = queue.Queue(64)
     writer = threading.Thread(target=_writeErrors, args=(errors,), daemon=True)
     writer.start()

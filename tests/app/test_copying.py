@@ -1,0 +1,339 @@
+"""
+Closures between stores, client and server joined in memory: what travels, in which order, and what failures leave.
+"""
+
+import gc
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from twisted.internet.defer import CancelledError
+from twisted.logger import globalLogPublisher
+
+from nixserve.codec.hashes import hashBytes
+from nixserve.errors import RemoteError, StoreError
+from nixserve.protocol import copying
+from nixserve.protocol.client import ServeClient
+from nixserve.protocol.copying import Copied, CopyProgress, downloadClosure, uploadClosure
+from nixserve.protocol.policy import EVERYTHING, Peer
+from nixserve.protocol.server import ServeServer
+from nixserve.protocol.workers import Door
+from nixserve.store.api import Busy, InvalidPath
+from nixserve.store.memory import MemoryStore
+from nixserve.testing import addObject, makeInfo, makeNar
+from tests.protocol.fakes import Pair, SyncWorkers, result
+
+
+@pytest.fixture(autouse=True)
+def logged():
+    """No failure goes unhandled."""
+    events = []
+    globalLogPublisher.addObserver(events.append)
+    yield events
+    gc.collect()
+    globalLogPublisher.removeObserver(events.append)
+    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
+
+
+class Recorder(CopyProgress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.plan, self.present, self.bytes, self.done = None, None, 0, []
+
+    def planned(self, infos, present):
+        self.plan, self.present = list(infos), present
+
+    def moved(self, size):
+        self.bytes += size
+
+    def copied(self, info):
+        self.done.append(info)
+
+
+class SpyingStore:
+    """A store whose sessions count their calls and raise what the lists for them say; C{None} lets a call pass."""
+
+    def __init__(self, store, calls, failures):
+        self._store, self._calls, self._failures = store, calls, failures
+        self.storeDir = store.storeDir
+
+    def openSession(self):
+        """See L{nixserve.store.api.Store}."""
+        return SpyingSession(self._store.openSession(), self._calls, self._failures)
+
+
+class SpyingSession:
+    """Such a session."""
+
+    def __init__(self, session, calls, failures):
+        self._session, self._calls, self._failures = session, calls, failures
+
+    def __getattr__(self, name):
+        method = getattr(self._session, name)
+
+        def call(*args):
+            self._calls[name] += 1
+            failure = self._failures[name].pop(0) if self._failures.get(name) else None
+            if failure is not None:
+                raise failure
+            return method(*args)
+
+        return call if callable(method) else method
+
+
+class Copying:
+    """
+    A local and a remote store with a client's session between them.
+
+    @ivar calls: how often the remote store's sessions have been asked what.
+    @ivar failures: what they raise.
+    """
+
+    def __init__(self, cut=1 << 20):
+        self.workers = SyncWorkers()
+        self.local, self.remote = MemoryStore(), MemoryStore()
+        self.calls, self.failures = Counter(), {}
+        store = SpyingStore(self.remote, self.calls, self.failures)
+        self.client = ServeClient(self.remote.storeDir)
+        # Why there is no version is also why there is no copy.
+        self.client.ready.addErrback(lambda _: None)
+        self.server = ServeServer(store, self.workers, EVERYTHING, Peer("test"), self.workers.reactor)
+        self.pair = Pair(self.client, self.server, cut)
+        self.session = self.local.openSession()
+        self.progress = Recorder()
+
+    def begin(self, copy, *paths):
+        """Start to copy."""
+        return copy(self.client, Door(self.workers), self.session, list(paths), self.progress)
+
+    def turn(self):
+        """What is on its way goes once in each direction."""
+        self.pair._move(self.pair.clientSide, self.pair.serverSide, self.server.dataReceived)
+        self.pair._move(self.pair.serverSide, self.pair.clientSide, self.client.dataReceived)
+
+    def run(self, copy, *paths):
+        """Copy, to the end, whatever has to be waited for."""
+        copied = self.begin(copy, *paths)
+        for _ in range(10):
+            self.pair.flush()
+            self.workers.reactor.advance(1)
+        return result(copied)
+
+    def valid(self, store, infos):
+        """Which of them a store has, in order."""
+        session = store.openSession()
+        found = session.queryValidPaths([info.path for info in infos])
+        session.close()
+        return [info for info in infos if info.path in found]
+
+
+def makeClosure(count, size=1000):
+    """Objects of which each refers to the one before it, references first, as pairs of info and NAR."""
+    closure, references = [], ()
+    for number in range(count):
+        nar = makeNar({"number": str(number).encode() * size, "link": str(number)})
+        info = makeInfo(f"object-{number}", nar, references)
+        references = (info.path,)
+        closure.append((info, nar))
+    return closure
+
+
+def add(store, closure):
+    """Put it into a store; gives the infos."""
+    session = store.openSession()
+    for info, nar in closure:
+        addObject(session, info, nar)
+    session.close()
+    return [info for info, _ in closure]
+
+
+def sides(copying, copy):
+    """The store that is read and the one that is written."""
+    both = copying.local, copying.remote
+    return both if copy is uploadClosure else both[::-1]
+
+
+BOTH = pytest.mark.parametrize("copy", [uploadClosure, downloadClosure])
+
+
+def timeless(infos):
+    """All but the times of registration, which do not travel."""
+    return [replace(info, registrationTime=0) for info in infos]
+
+
+@BOTH
+@pytest.mark.parametrize("cut", [1 << 20, 1000, 7])
+def test_copies(copy, cut):
+    """The whole closure arrives, references first, with all that was registered about it; in pieces of any size."""
+    joined = Copying(cut)
+    source, target = sides(joined, copy)
+    infos = add(source, makeClosure(10, size=100))
+    copied = joined.run(copy, infos[-1].path)
+    assert (timeless(copied.infos), copied.present) == (timeless(infos), 0)
+    assert copied.narBytes == joined.progress.bytes == sum(info.narSize for info in infos)
+    assert joined.progress.plan == joined.progress.done == list(copied.infos)
+    session = target.openSession()
+    assert timeless(session.queryPathInfos([info.path for info in infos]).values()) == timeless(infos)
+    for info in infos:
+        assert hashBytes("sha256", b"".join(session.narFromPath(info.path))) == info.narHash
+
+
+@BOTH
+def test_onlyWhatIsMissing(copy):
+    """What is there is neither sent nor asked for."""
+    joined = Copying()
+    source, target = sides(joined, copy)
+    closure = makeClosure(10)
+    infos = add(source, closure)
+    add(target, closure[:7])
+    copied = joined.run(copy, infos[-1].path)
+    assert (timeless(copied.infos), copied.present) == (timeless(infos[7:]), 7)
+    assert joined.calls["addToStore"] == (3 if copy is uploadClosure else 0)
+    assert joined.calls["narFromPath"] == (3 if copy is downloadClosure else 0)
+    again = joined.run(copy, infos[-1].path)
+    assert again == Copied((), 10)
+
+
+def test_uploadAsksOnce():
+    """One question for a whole closure, which makes all of it roots there; then everything without waiting."""
+    joined = Copying()
+    infos = add(joined.local, makeClosure(50))
+    copying = joined.begin(uploadClosure, infos[-1].path)
+    # The question out and its answer back; then nothing more is delivered to the client.
+    joined.turn()
+    assert joined.calls["queryValidPaths"] == joined.calls["addTempRoots"] == 1
+    joined.pair.clientSide.paused = True
+    joined.pair.flush()
+    assert joined.calls["addToStore"] == 50
+    assert joined.progress.done == []
+    joined.pair.clientSide.paused = False
+    joined.pair.flush()
+    assert timeless(result(copying).infos) == timeless(infos)
+
+
+def test_downloadAsksAhead(monkeypatch):
+    """NARs are requested before the ones before them have come, as far as the limits allow."""
+    monkeypatch.setattr(copying, "MAX_UNDER_WAY", 8)
+    joined = Copying()
+    infos = add(joined.remote, makeClosure(50, size=1))
+    copied = joined.begin(downloadClosure, infos[-1].path)
+    for _ in range(3):
+        joined.turn()
+    joined.pair.clientSide.paused = True
+    joined.pair.flush()
+    assert joined.calls["narFromPath"] - len(joined.progress.done) == 8
+    joined.pair.clientSide.paused = False
+    joined.pair.flush()
+    assert timeless(result(copied).infos) == timeless(infos)
+
+
+def test_manyUploads(monkeypatch):
+    """More paths than may be under way at once go all the same."""
+    monkeypatch.setattr(copying, "MAX_UNDER_WAY", 4)
+    joined = Copying()
+    infos = add(joined.local, makeClosure(50, size=1))
+    assert timeless(joined.run(uploadClosure, infos[-1].path).infos) == timeless(infos)
+
+
+@BOTH
+def test_waitsForLocks(copy):
+    """A lock that somebody else holds, or a collector at work, is waited for."""
+    joined = Copying()
+    source, _ = sides(joined, copy)
+    infos = add(source, makeClosure(3))
+    busy = {"addTempRoots": [Busy("a collector")], "addToStore": [Busy("a lock"), Busy("a lock")]}
+    if copy is uploadClosure:
+        joined.failures.update(busy)
+    else:
+        joined.session = SpyingSession(joined.session, Counter(), busy)
+    assert timeless(joined.run(copy, infos[-1].path).infos) == timeless(infos)
+    assert not any(busy.values())
+
+
+@BOTH
+def test_invalidPath(copy):
+    """A path that the source lacks is an error that names it, and nothing is copied."""
+    joined = Copying()
+    ((info, _),) = makeClosure(1)
+    with pytest.raises((InvalidPath, RemoteError), match=f"path '{info.path}' is not valid"):
+        joined.run(copy, info.path)
+
+
+@BOTH
+def test_failureHalfWay(copy):
+    """If the store that receives fails, what came before stays, with its closure; the reason is said."""
+    joined = Copying()
+    source, target = sides(joined, copy)
+    infos = add(source, makeClosure(10))
+    failures = {"addToStore": [None, None, StoreError("the disk is full")]}
+    if copy is uploadClosure:
+        joined.failures.update(failures)
+    else:
+        joined.session = SpyingSession(joined.session, Counter(), failures)
+    with pytest.raises((StoreError, RemoteError), match="the disk is full"):
+        joined.run(copy, infos[-1].path)
+    joined.session.close()
+    assert joined.valid(target, infos) == infos[:2]
+    assert joined.pair.clientSide.aborted
+
+
+@BOTH
+def test_damage(copy):
+    """A NAR that is not what is registered about it is found by the store that receives, which takes nothing of it."""
+    joined = Copying()
+    source, target = sides(joined, copy)
+    ((info, nar),) = makeClosure(1)
+    addObject(source.openSession(), info, nar)
+    wrong = replace(info, narHash=hashBytes("sha256", b"something else"))
+    source._objects[info.path] = replace(source._objects[info.path], info=wrong)
+    with pytest.raises((StoreError, RemoteError), match="hash mismatch importing path"):
+        joined.run(copy, info.path)
+    assert joined.valid(target, [info]) == []
+
+
+def test_tooLong():
+    """A remote that sends more than it announced is cut off."""
+    joined = Copying()
+    closure = makeClosure(2, size=100_000)
+    infos = add(joined.remote, closure)
+    wrong = replace(infos[1], narSize=10)
+    joined.remote._objects[wrong.path] = replace(joined.remote._objects[wrong.path], info=wrong)
+    with pytest.raises((StoreError, RemoteError), match="size mismatch importing path"):
+        joined.run(downloadClosure, wrong.path)
+    assert joined.pair.clientSide.aborted
+
+
+@BOTH
+@pytest.mark.parametrize("turns", range(6))
+def test_connectionLost(copy, turns):
+    """Whenever the connection breaks, the copy fails soon, and the receiving store has whole closures only."""
+    joined = Copying(cut=4096)
+    source, target = sides(joined, copy)
+    infos = add(source, makeClosure(10))
+    copied = joined.begin(copy, infos[-1].path)
+    for _ in range(turns):
+        joined.turn()
+    joined.pair.lose()
+    with pytest.raises(RemoteError):
+        result(copied)
+    joined.session.close()
+    valid = joined.valid(target, infos)
+    assert valid == infos[: len(valid)]
+
+
+@BOTH
+@pytest.mark.parametrize("turns", range(6))
+def test_cancel(copy, turns):
+    """Cancelled at any moment, a copy ends at once and cuts the connection."""
+    joined = Copying(cut=4096)
+    source, _ = sides(joined, copy)
+    infos = add(source, makeClosure(10))
+    copied = joined.begin(copy, infos[-1].path)
+    for _ in range(turns):
+        joined.turn()
+    copied.cancel()
+    with pytest.raises(CancelledError):
+        result(copied)
+    assert joined.pair.clientSide.aborted
+    joined.pair.flush()
