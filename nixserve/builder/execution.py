@@ -1,0 +1,365 @@
+"""
+One build from its first directory to its result, after L{nixserve.builder.local} has taken the locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+from nixserve.builder import builtins
+from nixserve.builder.builtinjob import BuiltinJob
+from nixserve.builder.builtins import isBuiltin
+from nixserve.builder.drvoptions import DerivationOptions
+from nixserve.builder.environment import builderEnvironment, outputRewrites
+from nixserve.builder.outputs import BuiltOutputs, OutputPlace, registerOutputs
+from nixserve.builder.process import CancelToken, Ending, Limits, Outcome, ProcessSpec, runBuilder
+from nixserve.builder.sandbox import Sandbox, SandboxPath
+from nixserve.builder.settings import BuildSettings
+from nixserve.builder.users import BuildUser
+from nixserve.builder.workspace import Workspace, makeBuildDir
+from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation
+from nixserve.codec.derivation import BasicDerivation, Derivation, OutputKind, hashDerivationModulo, unparse
+from nixserve.codec.hashes import hashBytes
+from nixserve.codec.serve import BuildOptions
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.errors import BuildError, FormatError, StoreError
+from nixserve.store.api import Busy
+from nixserve.store.files import deletePath
+from nixserve.store.local import LocalSession, LocalStore
+from nixserve.store.logs import BuildLog
+
+__all__ = ["Build", "Execution", "failed", "realisations"]
+
+#: A failure with less than this free, in bytes, may be nobody's fault but the disk's. Nix's figure.
+_DISK_FULL: Final = 8 * 1024 * 1024
+
+_INTERRUPTED: Final = (BuildStatus.MISC_FAILURE, "interrupted by the user")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """
+    What is to be built.
+
+    @ivar sandboxed: whether the builder is confined.
+    @ivar inputs: the closure of all that may be used.
+    @ivar places: where the outputs go, by name.
+    @ivar chrootDir: the physical place of the sandbox's root directory.
+    """
+
+    drvPath: StorePath
+    drv: BasicDerivation
+    options: BuildOptions
+    drvOptions: DerivationOptions
+    sandboxed: bool
+    inputs: frozenset[StorePath]
+    places: Mapping[str, OutputPlace]
+    chrootDir: str
+
+    @property
+    def hasNetwork(self) -> bool:
+        """Its outputs are checked, so it may talk to the world; and if it fails, that may be the world's fault."""
+        return self.drv.kind() is OutputKind.FIXED
+
+
+class Execution:
+    """One build while it runs."""
+
+    def __init__(self, store: LocalStore, settings: BuildSettings, session: LocalSession, build: Build) -> None:
+        """
+        @param session: nobody else's as long as the build runs.
+        """
+        self._store = store
+        self._settings = settings
+        self._session = session
+        self._build = build
+
+    def run(self, log: Callable[[bytes], None], cancel: CancelToken) -> BuildResult:
+        """
+        From the user to the result. Whatever happens, everything is given back.
+
+        @param log: called with whole lines, from another thread.
+        """
+        patience = _Patience(cancel)
+        try:
+            user = patience(lambda: BuildUser.acquire(self._store.layout.stateDir))
+        except (BuildError, StoreError) as error:
+            return failed(error)
+        try:
+            return self._runAs(user, log, cancel, patience)
+        except (BuildError, FormatError, StoreError, OSError) as error:
+            return failed(error)
+        finally:
+            user.release()
+
+    def _runAs(
+        self, user: BuildUser, log: Callable[[bytes], None], cancel: CancelToken, patience: _Patience
+    ) -> BuildResult:
+        layout, build = self._store.layout, self._build
+        parent = self._settings.buildDir or f"{layout.stateDir}/builds"
+        workspace = makeBuildDir(layout, parent, build.drv.name, user, build.sandboxed)
+        outcome: Outcome | None = None
+        keep = False
+        try:
+            if build.sandboxed:
+                workspace.sandbox = self._makeSandbox(workspace.inner)
+            outcome = self._runBuilder(workspace, log, cancel)
+            self._requireSuccess(outcome)
+            result = BuildResult(BuildStatus.BUILT, builtOutputs=self._register(workspace, patience))
+        except (BuildError, FormatError, StoreError, OSError) as error:
+            result = failed(error)
+            keep = build.options.keepFailed and outcome is not None and not isBuiltin(build.drv.builder)
+        finally:
+            workspace.remove(keep)
+            with contextlib.suppress(StoreError):
+                self._removeScratch()
+        if keep:
+            workspace.keep()
+            log(f"note: keeping build directory '{workspace.inner}'\n".encode(errors="surrogateescape"))
+        return result if outcome is None else _timed(result, outcome)
+
+    def _makeSandbox(self, buildDir: str) -> Sandbox:
+        build, layout = self._build, self._store.layout
+        shown = build.inputs | self._hostInputs()
+        return Sandbox(
+            chrootDir=build.chrootDir,
+            buildDir=buildDir,
+            storeDir=layout.storeDir.path,
+            inputs=[(layout.realPath(path), str(path)) for path in sorted(shown)],
+            paths=self._hostPaths(),
+            network=build.hasNetwork,
+            kvm="kvm" in build.drvOptions.requiredSystemFeatures,
+            caBundle=self._settings.caBundle,
+        )
+
+    def _hostInputs(self) -> set[StorePath]:
+        """The closures of those of the operator's sandbox paths that lie in the store. They are no inputs."""
+        storeDir = self._store.storeDir
+        sources = [path.source for path in self._settings.sandboxPaths if storeDir.isInStore(path.source)]
+        return self._session.queryClosure([storeDir.toStorePath(source) for source in sources])
+
+    def _hostPaths(self) -> Sequence[SandboxPath]:
+        """What the sandbox shows of the host, each where it really is."""
+        layout = self._store.layout
+        return [
+            replace(path, source=layout.realStoreDir + path.source.removeprefix(layout.storeDir.path))
+            if layout.storeDir.isInStore(path.source)
+            else path
+            for path in self._settings.sandboxPaths
+        ]
+
+    def _runBuilder(self, workspace: Workspace, log: Callable[[bytes], None], cancel: CancelToken) -> Outcome:
+        build = self._build
+        for place in build.places.values():
+            if not place.valid and place.known is not None:
+                deletePath(self._store.layout.realPath(place.known))
+        self._removeScratch()
+        if workspace.sandbox is not None:
+            workspace.sandbox.prepare(workspace.user)
+        spec = self._builtinSpec(workspace) if isBuiltin(build.drv.builder) else self._spec(workspace)
+        limits = Limits(build.options.maxSilentTime, build.options.buildTimeout, build.options.maxLogSize)
+        if not self._settings.keepLogs:
+            return runBuilder(spec, log, limits, cancel)
+        with contextlib.closing(BuildLog(self._store.layout, build.drvPath)) as record:
+            return runBuilder(spec, log, limits, cancel, record.write)
+
+    def _spec(self, workspace: Workspace) -> ProcessSpec:
+        """A builder that the derivation brings."""
+        build = self._build
+        seen = builderEnvironment(
+            build.drv,
+            workspace.buildTop,
+            self._store.storeDir,
+            self._settings.cores,
+            self._outputPaths(),
+            self._session,
+            self._settings.impureEnv,
+            inputClosure=build.inputs,
+            options=build.drvOptions,
+        )
+        workspace.writeFiles(seen.files)
+        return ProcessSpec(
+            builder=build.drv.builder,
+            args=seen.args,
+            env=seen.env,
+            user=workspace.user,
+            cwd=workspace.inner,
+            sandbox=workspace.sandbox,
+            linux32=build.drv.platform == "i686-linux" and self._settings.system == "x86_64-linux",
+        )
+
+    def _builtinSpec(self, workspace: Workspace) -> ProcessSpec:
+        """A builder of our own. It gets the variables of the derivation, but not as its environment."""
+        build = self._build
+        if "out" not in build.places:
+            raise BuildError(BuildStatus.MISC_FAILURE, f"'{build.drv.builder}' needs an output 'out'")
+        env = build.drv.env
+        for old, new in outputRewrites(build.drv, self._outputPaths()).items():
+            env = {name: value.replace(old, new) for name, value in env.items()}
+        job = BuiltinJob(
+            build.drv.builder, env, build.places["out"].scratch, build.hasNetwork, self._readCertificates()
+        )
+        return ProcessSpec(
+            builder=build.drv.builder,
+            args=(),
+            env={"HOME": workspace.buildTop, "TMPDIR": workspace.buildTop},
+            user=workspace.user,
+            cwd=workspace.inner,
+            sandbox=workspace.sandbox,
+            stdin=job.encode(),
+            module=builtins.__name__,
+        )
+
+    def _readCertificates(self) -> str:
+        """The CA bundle, if the build has the network and there is one."""
+        if self._build.hasNetwork and self._settings.caBundle:
+            with (
+                contextlib.suppress(OSError),
+                open(self._settings.caBundle, encoding="ascii", errors="replace") as file,
+            ):
+                return file.read()
+        return ""
+
+    def _outputPaths(self) -> dict[str, str]:
+        return {name: place.scratch for name, place in self._build.places.items()}
+
+    def _register(self, workspace: Workspace, patience: _Patience) -> dict[str, Realisation]:
+        build, user = self._build, workspace.user
+        built = BuiltOutputs(
+            build.drvPath,
+            build.drv,
+            build.drvOptions,
+            build.places,
+            build.inputs,
+            range(user.uid, user.uid + 1),
+        )
+        store = self._store
+        outputs = registerOutputs(store.layout, store.validPaths, self._session, built, patience)
+        return realisations(build.drv, outputs, store.storeDir)
+
+    def _removeScratch(self) -> None:
+        """Delete what lies where the builder puts what does not stay there. In a sandbox that goes with its root."""
+        if not self._build.sandboxed:
+            for place in self._build.places.values():
+                if place.scratch != place.known:
+                    deletePath(place.realPath)
+
+    # What is said of a builder that did not succeed.
+
+    def _requireSuccess(self, outcome: Outcome) -> None:
+        if not outcome.success:
+            raise BuildError(*self._explain(outcome))
+
+    def _explain(self, outcome: Outcome) -> tuple[BuildStatus, str]:
+        build, ending = self._build, outcome.ending
+        wanted = f"{build.drvPath}!{','.join(sorted(build.drv.outputs))}"
+        title = f"building of '{wanted}' from in-memory derivation"
+        if ending is Ending.SILENCE:
+            seconds = build.options.maxSilentTime
+            return BuildStatus.TIMED_OUT, f"{title} timed out after {seconds} seconds of silence"
+        if ending is Ending.TIMEOUT:
+            return BuildStatus.TIMED_OUT, f"{title} timed out after {build.options.buildTimeout} seconds"
+        if ending is Ending.LOG_LIMIT:
+            limit = build.options.maxLogSize
+            return (
+                BuildStatus.LOG_LIMIT_EXCEEDED,
+                f"{title} killed after writing more than {limit} bytes of log output",
+            )
+        if ending is Ending.CANCELLED:
+            return _INTERRUPTED
+        how = f"with exit code {outcome.code}"
+        if ending is Ending.SIGNAL:
+            how = f"due to signal {outcome.code} ({signal.strsignal(outcome.code)})"
+        message = f"builder for '{build.drvPath}' failed {how}"
+        if self._isDiskFull():
+            note = "\nnote: build failure may have been caused by lack of free disk space"
+            return BuildStatus.TRANSIENT_FAILURE, message + note
+        return (BuildStatus.TRANSIENT_FAILURE if build.hasNetwork else BuildStatus.PERMANENT_FAILURE), message
+
+    def _isDiskFull(self) -> bool:
+        layout = self._store.layout
+        for path in (layout.realStoreDir, self._settings.buildDir or layout.stateDir):
+            with contextlib.suppress(OSError):
+                status = os.statvfs(path)
+                if status.f_bavail * status.f_bsize < _DISK_FULL:
+                    return True
+        return False
+
+
+class _Patience:
+    """L{nixserve.builder.outputs.Patience} that ends when the build is cancelled, if not before the attempt."""
+
+    def __init__(self, cancel: CancelToken) -> None:
+        self._cancel = cancel
+
+    def __call__(self, attempt: Callable[[], _T], /) -> _T:
+        """
+        @raise BuildError: cancelled.
+        """
+        while not self._cancel.cancelled:
+            try:
+                return attempt()
+            except Busy as error:
+                with self._cancel.descriptor() as cancelled:
+                    poll = select.poll()
+                    poll.register(cancelled, select.POLLIN)
+                    poll.poll(error.retryAfter * 1000)
+        raise BuildError(*_INTERRUPTED)
+
+
+def realisations(drv: BasicDerivation, outputs: Mapping[str, StorePath], storeDir: StoreDir) -> dict[str, Realisation]:
+    """
+    What the results of builds say about outputs that are there.
+
+    @param outputs: where they are, by name.
+    """
+    drvHash = _drvHash(drv, storeDir)
+    return {name: Realisation(outputs[name], drvHash) for name in sorted(outputs)}
+
+
+def _drvHash(drv: BasicDerivation, storeDir: StoreDir) -> str:
+    """
+    The hash that Nix 2.4 to 2.34 identifies the outputs by: for a fixed output that which stands for it in other
+    derivations, otherwise the masked one.
+
+    That of a derivation which had input derivations cannot be known: then input-addressed outputs are elsewhere than
+    the hash of what is left would have them.
+    """
+    if drv.kind() is OutputKind.FIXED:
+        whole = Derivation(
+            drv.name, drv.outputs, drv.inputSrcs, drv.platform, drv.builder, drv.args, drv.env, inputDrvs={}
+        )
+        modulo = hashDerivationModulo(whole, _noInputs, storeDir, {})
+        return UNKNOWN_DRV_HASH if modulo is None else modulo.hexText
+    if drv.kind() is OutputKind.FLOATING:
+        # Of such outputs there is no path to be masked; what is left of them stays.
+        env = {name: "" if name in drv.outputs else value for name, value in drv.env.items()}
+        return hashBytes("sha256", unparse(replace(drv, env=env))).hexText
+    masked = hashBytes("sha256", unparse(drv, maskOutputs=True))
+    for name, output in drv.outputs.items():
+        if output.path is not None and output.path != storeDir.makeOutputPath(name, masked, drv.name):
+            return UNKNOWN_DRV_HASH
+    return masked.hexText
+
+
+def _noInputs(path: StorePath) -> Derivation:
+    raise AssertionError(f"'{path}' is no input derivation")
+
+
+def failed(error: BuildError | FormatError | StoreError | OSError) -> BuildResult:
+    """The result of a build that ended with an error."""
+    return BuildResult(error.status if isinstance(error, BuildError) else BuildStatus.MISC_FAILURE, str(error))
+
+
+def _timed(result: BuildResult, outcome: Outcome) -> BuildResult:
+    """With the times of the builder. One that was killed has built nothing."""
+    ended = outcome.ending in (Ending.EXIT, Ending.SIGNAL)
+    return replace(result, timesBuilt=int(ended), startTime=outcome.startTime, stopTime=outcome.stopTime)

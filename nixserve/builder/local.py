@@ -1,0 +1,273 @@
+"""
+Building on this machine: the one way in.
+
+L{LocalBuilder.prepare} does what may have to wait for somebody else and says at once what needs no builder; a
+L{PreparedBuild} then runs in a thread of its own. In between it holds the locks that keep others, real Nix among them,
+from building the same: for each output C{<path>.lock}, or C{<derivation>.<output>.lock} if the path is not known before
+the build. Source: Nix 2.8, src/libstore/build/derivation-goal.cc (C{tryToBuild}) and local-derivation-goal.cc; what is
+said when a build fails is what that version says, without its colours.
+
+What goes wrong with a build is a L{BuildResult}, never an exception.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from nixserve.builder.builtins import isBuiltin
+from nixserve.builder.drvoptions import DerivationOptions
+from nixserve.builder.execution import Build, Execution, failed, realisations
+from nixserve.builder.outputs import OutputPlace
+from nixserve.builder.process import CancelToken
+from nixserve.builder.sandbox import Sandbox, sandboxProblem
+from nixserve.builder.settings import BuildSettings, SandboxMode
+from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.codec.derivation import BasicDerivation, OutputKind, derivationName
+from nixserve.codec.hashes import Hash
+from nixserve.codec.serve import BuildOptions
+from nixserve.codec.storepath import StorePath, checkName, outputPathName
+from nixserve.errors import BuildError, FormatError, StoreError
+from nixserve.store.api import Busy
+from nixserve.store.local import LocalSession, LocalStore
+from nixserve.store.pathlocks import PathLocks
+
+__all__ = ["BuildSettings", "LocalBuilder", "PreparedBuild", "SandboxMode"]
+
+#: Of a directory that must not exist, because C{HOME} names it.
+_HOMELESS: Final = "/homeless-shelter"
+
+_ZERO_HASH: Final = Hash("sha256", bytes(32))
+
+
+class LocalBuilder:
+    """
+    Builds for one store. Safe from any thread.
+
+    @ivar settings: the operator's.
+    """
+
+    def __init__(self, store: LocalStore, settings: BuildSettings | None = None) -> None:
+        self.settings = settings or BuildSettings()
+        self._store = store
+
+    def prepare(
+        self,
+        session: LocalSession,
+        drvPath: StorePath,
+        drv: BasicDerivation,
+        options: BuildOptions,
+        mustSandbox: bool = False,
+    ) -> BuildResult | PreparedBuild:
+        """
+        Do everything up to the locks.
+
+        @param session: keeps what the build needs from the collector. Nobody else may use it before the build has
+            ended.
+        @param drvPath: what the derivation is called; need not be in the store.
+        @param drv: its C{inputSrcs} must be valid, and be all that it may use, but for their closures.
+        @param mustSandbox: fail rather than build outside a sandbox.
+        @return: the result, if there is nothing to build or it cannot be done.
+        @raise Busy: a collector is at work, or somebody is building this; call again with the same arguments.
+        """
+        try:
+            return self._prepare(session, drvPath, drv, options, mustSandbox)
+        except Busy:
+            raise
+        except (BuildError, FormatError, StoreError) as error:
+            return failed(error)
+
+    def _prepare(
+        self,
+        session: LocalSession,
+        drvPath: StorePath,
+        drv: BasicDerivation,
+        options: BuildOptions,
+        mustSandbox: bool,
+    ) -> BuildResult | PreparedBuild:
+        known = self._knownPaths(drvPath, drv)
+        if options.nrRepeats:
+            raise _miscFailure("client requested repeating builds, but this is not currently implemented")
+        session.addTempRoots({drvPath, *known.values(), *drv.inputSrcs})
+        if valid := self._ifValid(session, drv, known):
+            return valid
+        missing = sorted(drv.inputSrcs - session.queryValidPaths(drv.inputSrcs))
+        if missing:
+            raise _miscFailure(f"dependency '{missing[0]}' of '{drvPath}' does not exist, and substitution is disabled")
+        drvOptions = DerivationOptions.of(drv)
+        self._requireFeatures(drvPath, drv, drvOptions)
+        sandboxed = self._decideSandbox(drvPath, drvOptions, mustSandbox)
+        locks = self._lock(drvPath, drv, known)
+        try:
+            # Whoever had the locks before may have built it.
+            if valid := self._ifValid(session, drv, known):
+                locks.unlock()
+                return valid
+            places = self._places(session, drvPath, drv, known, sandboxed)
+            inputs = session.queryClosure(drv.inputSrcs)
+        except BaseException:
+            locks.abandon()
+            raise
+        chrootDir = self._chrootDir(drvPath)
+        build = Build(drvPath, drv, options, drvOptions, sandboxed, frozenset(inputs), places, chrootDir)
+        return PreparedBuild(Execution(self._store, self.settings, session, build), locks)
+
+    def _knownPaths(self, drvPath: StorePath, drv: BasicDerivation) -> dict[str, StorePath]:
+        """
+        The outputs whose paths are known before the build. That of a fixed one follows from its hash, whatever the
+        derivation says.
+
+        @raise BuildError: it cannot be built, by anybody.
+        @raise FormatError: a name is none. Directories and locks are named after them.
+        """
+        for name in (derivationName(drvPath), drv.name, *drv.outputs):
+            checkName(name)
+        kind = drv.kind()
+        if kind in (OutputKind.DEFERRED, OutputKind.IMPURE):
+            raise _miscFailure(f"cannot build '{drvPath}': its outputs are {kind.value}")
+        known: dict[str, StorePath] = {}
+        for name, output in drv.outputs.items():
+            ca = output.contentAddress
+            if ca is not None:
+                known[name] = self._store.storeDir.makeContentAddressedPath(ca, outputPathName(drv.name, name))
+            elif output.path is not None:
+                known[name] = output.path
+        return known
+
+    def _ifValid(
+        self, session: LocalSession, drv: BasicDerivation, known: Mapping[str, StorePath]
+    ) -> BuildResult | None:
+        """The result, if all outputs are there."""
+        if len(known) < len(drv.outputs) or len(session.queryValidPaths(known.values())) < len(set(known.values())):
+            return None
+        outputs = realisations(drv, known, self._store.storeDir)
+        return BuildResult(BuildStatus.ALREADY_VALID, builtOutputs=outputs)
+
+    def _requireFeatures(self, drvPath: StorePath, drv: BasicDerivation, options: DerivationOptions) -> None:
+        settings = self.settings
+        features = self._store.layout.systemFeatures
+        features = settings.systemFeatures if features is None else features
+        platforms = {settings.system, *settings.extraPlatforms}
+        runnable = drv.platform in platforms or isBuiltin(drv.builder)
+        if not runnable or not options.requiredSystemFeatures <= features:
+            raise _miscFailure(
+                f"a '{drv.platform}' with features {{{', '.join(sorted(options.requiredSystemFeatures))}}} is required "
+                f"to build '{drvPath}', but I am a '{settings.system}' with features {{{', '.join(sorted(features))}}}",
+            )
+
+    def _decideSandbox(self, drvPath: StorePath, options: DerivationOptions, mustSandbox: bool) -> bool:
+        """
+        @return: whether to build in a sandbox.
+        @raise BuildError: it has to be, and cannot.
+        """
+        layout, mode = self._store.layout, self.settings.sandbox
+        diverted = layout.realStoreDir != layout.storeDir.path
+        required = mustSandbox or diverted or mode is SandboxMode.ON
+        if not required and mode is SandboxMode.OFF:
+            return _unsandboxed()
+        problem = sandboxProblem()
+        if problem and not required:
+            return _unsandboxed()
+        if problem:
+            raise _miscFailure(
+                f"cannot build '{drvPath}' in a sandbox, as it has to be: this system does not support the kernel "
+                f"namespaces that are required for sandboxing: {problem}",
+            )
+        if options.noChroot:
+            raise _miscFailure(
+                f"derivation '{drvPath}' has '__noChroot' set, but that's not allowed when 'sandbox' is 'true'",
+            )
+        return True
+
+    def _lock(self, drvPath: StorePath, drv: BasicDerivation, known: Mapping[str, StorePath]) -> PathLocks:
+        """
+        The locks of the outputs, as Nix takes them, and of the sandbox's root: what a client calls a derivation need
+        not be its name, so two that differ could come with the same one.
+        """
+        real = self._store.layout.realPath
+        paths = [real(drvPath) + ".chroot"]
+        for name in drv.outputs:
+            paths.append(real(known[name]) if name in known else f"{real(drvPath)}.{name}")
+        return PathLocks(paths)
+
+    def _places(
+        self,
+        session: LocalSession,
+        drvPath: StorePath,
+        drv: BasicDerivation,
+        known: Mapping[str, StorePath],
+        sandboxed: bool,
+    ) -> dict[str, OutputPlace]:
+        """Where the builder is to put its outputs."""
+        valid = session.queryValidPaths(known.values())
+        root = Sandbox(self._chrootDir(drvPath), "").root
+        places: dict[str, OutputPlace] = {}
+        for name in drv.outputs:
+            path = known.get(name)
+            if path is None:
+                scratch = self._scratchPath(drvPath, drv, name, f"name:{name}")
+            elif path in valid and not sandboxed:
+                scratch = self._scratchPath(drvPath, drv, name, path.baseName)
+            else:
+                scratch = path
+            real = root + scratch if sandboxed else self._store.layout.realPath(scratch)
+            places[name] = OutputPlace(scratch, real, path, path in valid)
+        session.addTempRoots([place.scratch for place in places.values()])
+        return places
+
+    def _scratchPath(self, drvPath: StorePath, drv: BasicDerivation, outputName: str, what: str) -> StorePath:
+        """A path that no object can have, for an output that goes elsewhere in the end. The same as Nix's."""
+        return self._store.storeDir.makeStorePath(
+            f"rewrite:{drvPath.baseName}:{what}", _ZERO_HASH, outputPathName(drv.name, outputName)
+        )
+
+    def _chrootDir(self, drvPath: StorePath) -> str:
+        return self._store.layout.realPath(drvPath) + ".chroot"
+
+
+class PreparedBuild:
+    """
+    A build that can begin. Either L{run} or L{abandon} it, once.
+    """
+
+    def __init__(self, execution: Execution, locks: PathLocks) -> None:
+        self._execution = execution
+        self._locks = locks
+
+    def abandon(self) -> None:
+        """Do not build. Safe to call twice, and after L{run}."""
+        self._locks.abandon()
+
+    def run(self, log: Callable[[bytes], None], cancel: CancelToken) -> BuildResult:
+        """
+        Build. Blocks until the build has ended and everything that it held is free.
+
+        @param log: called with lines of the builder's output, from another thread. May take its time.
+        @param cancel: stops the build from any thread.
+        """
+        result = BuildResult(BuildStatus.MISC_FAILURE)
+        try:
+            result = self._execution.run(log, cancel)
+        finally:
+            if result.success:
+                self._locks.unlock()
+            else:
+                self._locks.abandon()
+        return result
+
+
+def _miscFailure(message: str) -> BuildError:
+    return BuildError(BuildStatus.MISC_FAILURE, message)
+
+
+def _unsandboxed() -> bool:
+    """
+    @return: that there is no sandbox.
+    @raise BuildError: there is something that builders could find only outside of one.
+    """
+    if os.path.lexists(_HOMELESS):
+        raise _miscFailure(
+            f"home directory '{_HOMELESS}' exists; please remove it to assure purity of builds without sandboxing",
+        )
+    return False

@@ -1,0 +1,139 @@
+"""
+The system calls that a builder is refused, as a program for the kernel's filter.
+
+Nix's rules (Nix 2.8, src/libstore/build/local-derivation-goal.cc:setupSeccomp): no builder may make a file setuid or
+setgid, because others on the machine could run it as the build user while the build lasts, and none may use extended
+attributes or ACLs, because they do not travel in a NAR. Nix refuses the calls that change modes; the same can be had by
+creating a file with such a mode, and around the filter by calls whose arguments it cannot see, so these are refused
+here as well: C{openat2} and C{io_uring_setup} as if the kernel had none, which every caller must expect.
+
+Everything is allowed but what is named. A process may switch to the other instruction sets of its processor, which
+number calls differently, so there is a table for each.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["filterProgram"]
+
+# <linux/bpf_common.h>, <linux/seccomp.h>
+_LOAD, _JUMP, _JUMP_EQUAL, _JUMP_SET, _AND, _RETURN = 0x20, 0x05, 0x15, 0x45, 0x54, 0x06
+_ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
+# Offsets in struct seccomp_data; of the arguments the low halves, all these machines being little-endian.
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
+
+# S_ISUID | S_ISGID
+_SPECIAL_BITS = 0o6000
+# O_CREAT | __O_TMPFILE, the same on all machines below: only with one of them is there a mode.
+_CREATING = 0o100 | 0o20000000
+# x32 calls are those of x86-64 with this bit.
+_WITHOUT_X32_BIT = 0xBFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """
+    An instruction set, as the kernel sees it.
+
+    @ivar audit: its C{AUDIT_ARCH} number.
+    @ivar modes: the calls that set a mode, each with the index of that argument.
+    @ivar opens: likewise the calls that have a mode if the argument before it says so.
+    @ivar xattrs: the calls that get, set and list extended attributes.
+    """
+
+    audit: int
+    modes: Mapping[int, int]
+    opens: Mapping[int, int]
+    xattrs: tuple[int, ...]
+
+
+# Calls newer than Linux 5.1 have one number everywhere.
+_FCHMODAT2 = {452: 2}
+_XATTRS_AT = (463, 464, 465)
+_WITHHELD = (425, 437)  # io_uring_setup, openat2
+
+# In this order: chmod, fchmod, fchmodat, creat, mknod, mknodat; open, openat.
+_X86_64 = _Architecture(
+    0xC000003E,
+    {90: 1, 91: 1, 268: 2, 85: 1, 133: 1, 259: 2} | _FCHMODAT2,
+    {2: 2, 257: 3},
+    (*range(188, 197), *_XATTRS_AT),
+)
+_I386 = _Architecture(
+    0x40000003,
+    {15: 1, 94: 1, 306: 2, 8: 1, 14: 1, 297: 2} | _FCHMODAT2,
+    {5: 2, 295: 3},
+    (*range(226, 235), *_XATTRS_AT),
+)
+# Has no chmod, creat, mknod and open.
+_AARCH64 = _Architecture(0xC00000B7, {52: 1, 53: 2, 33: 2} | _FCHMODAT2, {56: 3}, (*range(5, 14), *_XATTRS_AT))
+_ARM = _Architecture(
+    0x40000028,
+    {15: 1, 94: 1, 333: 2, 8: 1, 14: 1, 324: 2} | _FCHMODAT2,
+    {5: 2, 322: 3},
+    (*range(226, 235), *_XATTRS_AT),
+)
+_MACHINES = {"x86_64": (_X86_64, _I386), "aarch64": (_AARCH64, _ARM)}
+
+
+def filterProgram(machine: str = "") -> bytes:
+    """
+    The filter for a machine.
+
+    @param machine: as C{uname -m} names it; this one if empty.
+    @return: an array of C{struct sock_filter}; empty for a machine that has no table, where nothing is filtered.
+    """
+    architectures = _MACHINES.get(machine or platform.machine(), ())
+    program = [block for architecture in architectures for block in _forArchitecture(architecture)]
+    return b"".join([*program, _step(_RETURN, _ALLOW)]) if program else b""
+
+
+def _forArchitecture(architecture: _Architecture) -> list[bytes]:
+    """The steps for one instruction set, passed over by calls of another."""
+    body = [_step(_LOAD, _NUMBER)]
+    if architecture is _X86_64:
+        body.append(_step(_AND, _WITHOUT_X32_BIT))
+    for number, argument in architecture.modes.items():
+        body += _refuse(number, _checkMode(argument))
+    for number, argument in architecture.opens.items():
+        check = _checkMode(argument)
+        flags = [_loadArgument(argument - 1), _step(_JUMP_SET, _CREATING, 0, len(check) - 1)]
+        body += _refuse(number, flags + check)
+    for number in architecture.xattrs:
+        body += _refuse(number, [_step(_RETURN, _ERRNO | errno.ENOTSUP)])
+    for number in _WITHHELD:
+        body += _refuse(number, [_step(_RETURN, _ERRNO | errno.ENOSYS)])
+    body.append(_step(_RETURN, _ALLOW))
+    # A conditional jump reaches 255 steps only.
+    head = [_step(_LOAD, _ARCHITECTURE), _step(_JUMP_EQUAL, architecture.audit, 1, 0), _step(_JUMP, len(body))]
+    return head + body
+
+
+def _refuse(number: int, steps: list[bytes]) -> list[bytes]:
+    """C{steps}, which return, if the number of the call, just loaded, is this one."""
+    return [_step(_JUMP_EQUAL, number, 0, len(steps)), *steps]
+
+
+def _checkMode(argument: int) -> list[bytes]:
+    """Refuse if the mode has a special bit; otherwise, in the last step, allow."""
+    return [
+        _loadArgument(argument),
+        _step(_JUMP_SET, _SPECIAL_BITS, 0, 1),
+        _step(_RETURN, _ERRNO | errno.EPERM),
+        _step(_RETURN, _ALLOW),
+    ]
+
+
+def _loadArgument(index: int) -> bytes:
+    """Load the low half of an argument."""
+    return _step(_LOAD, _ARGUMENTS + 8 * index)
+
+
+def _step(code: int, value: int, ifTrue: int = 0, ifFalse: int = 0) -> bytes:
+    """A C{struct sock_filter}; the jumps count the steps to pass over."""
+    return struct.pack("=HBBI", code, ifTrue, ifFalse, value)

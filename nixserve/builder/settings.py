@@ -1,0 +1,78 @@
+"""
+What the operator decides about building.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nixserve.builder.sandbox import SandboxPath, findShell
+
+__all__ = ["BuildSettings", "SandboxMode", "defaultSystemFeatures", "hostPlatforms"]
+
+
+class SandboxMode(enum.Enum):
+    """Whether builders are confined."""
+
+    #: Where the machine can.
+    AUTO = "auto"
+    #: Always; a build that cannot be confined fails.
+    ON = "on"
+    #: Only where it must be: for clients that are not trusted, and in stores that are not where their paths say.
+    OFF = "off"
+
+
+def hostPlatforms() -> tuple[str, frozenset[str]]:
+    """
+    @return: what Nix calls the machine that we run on, and what else it can run.
+    """
+    machine = platform.machine()
+    system = f"{machine}-{platform.system().lower()}"
+    return system, frozenset({"i686-linux"} if system == "x86_64-linux" else ())
+
+
+def defaultSystemFeatures() -> frozenset[str]:
+    """
+    Nix's default for its setting system-features, and C{ca-derivations}: floating outputs need nothing special here.
+    """
+    features = {"benchmark", "big-parallel", "ca-derivations", "nixos-test"}
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        features.add("kvm")
+    return frozenset(features)
+
+
+def _defaultSandboxPaths() -> tuple[SandboxPath, ...]:
+    shell = findShell()
+    return (shell,) if shell else ()
+
+
+@dataclass(frozen=True, slots=True)
+class BuildSettings:
+    """
+    How to build, whoever asks.
+
+    @ivar system: the platform of the machine, such as C{x86_64-linux}.
+    @ivar extraPlatforms: others that it can run.
+    @ivar systemFeatures: what derivations may require; a store's own C{system-features} come before it.
+    @ivar cores: for each build, 0 for all that there are.
+    @ivar sandboxPaths: what every sandbox shows of the host; by default a static C{/bin/sh} if one is installed.
+    @ivar buildDir: where build directories are made; empty for C{STATE/builds} of the store.
+    @ivar impureEnv: variables that fixed-output derivations may ask for with C{impureEnvVars}.
+    @ivar caBundle: a file of certificates for builds with network.
+    @ivar keepLogs: write logs to the store's log directory.
+    """
+
+    system: str = field(default_factory=lambda: hostPlatforms()[0])
+    extraPlatforms: frozenset[str] = field(default_factory=lambda: hostPlatforms()[1])
+    systemFeatures: frozenset[str] = field(default_factory=defaultSystemFeatures)
+    cores: int = 0
+    sandbox: SandboxMode = SandboxMode.AUTO
+    sandboxPaths: tuple[SandboxPath, ...] = field(default_factory=_defaultSandboxPaths)
+    buildDir: str = ""
+    impureEnv: Mapping[str, str] = field(default_factory=dict)
+    caBundle: str = "/etc/ssl/certs/ca-certificates.crt"
+    keepLogs: bool = True
