@@ -33,6 +33,9 @@ BUILD_DIR = "/build"
 
 _DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
 
+# Where the sandbox mounts what hides what lies below.
+_COVERED = ("/dev", "/proc", BUILD_DIR)
+
 _PASSWD = """root:x:0:0:Nix build user:/build:/noshell
 nixbld:x:1000:100:Nix build user:/build:/noshell
 nobody:x:65534:65534:Nobody:/:/noshell
@@ -115,6 +118,12 @@ class Sandbox:
 
         @raise BuildError: a path is missing, or the file system refuses.
         """
+        if any(self.storeDir.startswith(f"{path}/") for path in _COVERED):
+            raise BuildError(
+                BuildStatus.MISC_FAILURE,
+                f"{spawn.SETUP_FAILED}: a sandbox cannot show the store directory '{self.storeDir}', since it has "
+                f"something else at {' and '.join(_COVERED)}",
+            )
         try:
             if os.path.lexists(self.chrootDir):
                 deletePath(self.chrootDir)
@@ -181,8 +190,8 @@ class Sandbox:
                 file.write(text)
 
     def _makeDirectory(self, path: str, mode: int, gid: int = -1) -> None:
-        """A directory with exactly this mode."""
-        os.mkdir(self.realPath(path))
+        """A directory with exactly this mode. It may be there: the store directory may lie below /tmp."""
+        os.makedirs(self.realPath(path), exist_ok=True)
         os.chown(self.realPath(path), -1, gid)
         os.chmod(self.realPath(path), mode)
 

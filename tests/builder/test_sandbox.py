@@ -373,6 +373,22 @@ class TestValues:
         with pytest.raises(FormatError):
             parseSandboxPath(text)
 
+    @pytest.mark.parametrize("storeDir", ["/tmp/x/store", "/etc/store", "/opt/store"])
+    @needsSandbox
+    def test_storeElsewhere(self, place, storeDir):
+        """A store directory may lie anywhere, also in one of the sandbox's own directories."""
+        inputs = [(source, target.replace("/nix/store", storeDir)) for source, target in place.inputs]
+        words = look(
+            place, f"ls {storeDir}; echo x > {storeDir}/out && cat {storeDir}/out", inputs=inputs, storeDir=storeDir
+        )
+        assert words == ["in-directory", "in-file", "in-link", "x"]
+
+    @pytest.mark.parametrize("storeDir", ["/dev/store", "/proc/store", "/build/store"])
+    def test_storeCovered(self, place, storeDir):
+        """Where the sandbox has something else it cannot be, and the message says so."""
+        with pytest.raises(BuildError, match=f"cannot show the store directory '{storeDir}'"):
+            place.sandbox(storeDir=storeDir)
+
     def test_missingInput(self, place):
         """An input that is not there is an error that names it, before anything runs."""
         with pytest.raises(BuildError, match="while setting up the build environment: '/nowhere/x'"):
