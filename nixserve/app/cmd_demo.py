@@ -18,11 +18,18 @@ from nixserve.store.files import deletePath
 
 __all__ = ["demo", "realUse"]
 
+# Needs nothing but a shell.
+_EXPRESSION = (
+    'derivation { name = "hello"; system = builtins.currentSystem; builder = "/bin/sh"; '
+    'args = [ "-c" "echo hello >$out" ]; }'
+)
+
 
 @click.command()
 @click.option("--no-ssh", "noSSH", is_flag=True, help="Connect in this process, even if there is an ssh program.")
-def demo(noSSH: bool) -> None:
-    """Start an endpoint, copy a closure there and back, check every hash.
+@click.option("--no-sandbox", "noSandbox", is_flag=True, help="Build without a sandbox, even if there could be one.")
+def demo(noSSH: bool, noSandbox: bool) -> None:
+    """Start an endpoint, copy a closure there and back, check every hash, build something there.
 
     Needs no set-up and leaves nothing behind: keys, stores and port are made for the occasion, in a temporary
     directory, and the endpoint listens on the loopback interface only.
@@ -35,7 +42,9 @@ def demo(noSSH: bool) -> None:
     click.secho(f"nixserve {__version__}", bold=True)
     click.echo()
     with _temporaryDirectory() as directory:
-        runReactor(lambda reactor: Demonstration(reactor, directory, PrintingNarrator(), not noSSH).run())
+        runReactor(
+            lambda reactor: Demonstration(reactor, directory, PrintingNarrator(), not noSSH, not noSandbox).run()
+        )
     click.echo()
     click.echo(f"Nothing is left of it. In earnest, with the keys in {click.style('~/.ssh', bold=True)} let in:")
     click.echo()
@@ -61,6 +70,7 @@ def realUse(program: str) -> list[tuple[str, str]]:
             "and back, unsigned as it is",
             f'{ssh} {nix} --from ssh://127.0.0.1 --no-check-sigs "$(readlink ./result)"',
         ),
+        ("build there", f"{ssh} nix-build --max-jobs 0 --builders ssh://127.0.0.1 -E '{_EXPRESSION}'"),
     ]
 
 

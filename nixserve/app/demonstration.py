@@ -1,6 +1,6 @@
 """
-What C{nixserve demo} does: the real service on a free port, a client that copies a closure there and back, and a check
-of every hash.
+What C{nixserve demo} does: the real service on a free port, a client that copies a closure there and back, a check of
+every hash, and a build there from a derivation whose recipe stays here.
 
 Everything is made for the occasion in one directory: three stores, host key, user key.
 """
@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +22,14 @@ from twisted.conch.ssh.keys import Key
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.protocol import Factory
 
+from nixserve.app.recipe import Recipe, makeRecipe
 from nixserve.app.sample import Sample, makeSample
 from nixserve.app.service import FORCED_COMMAND, ServeService
 from nixserve.app.settings import ServiceSettings
+from nixserve.builder.sandbox import findShell, sandboxProblem
 from nixserve.codec.hashes import Hash
-from nixserve.codec.storepath import StorePath
-from nixserve.errors import StoreError
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.errors import RemoteError, StoreError
 from nixserve.protocol.childprocess import ProcessTransport
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import Copied, CopyProgress, downloadClosure, uploadClosure
@@ -38,13 +40,16 @@ from nixserve.store.api import StoreSession
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 
-__all__ = ["Copy", "Demonstration", "Narrator", "Server"]
+__all__ = ["Build", "Copy", "Demonstration", "Narrator", "Server"]
 
 T = TypeVar("T")
 
 HOST: Final = "127.0.0.1"
 USER: Final = "demo"
 """Means nothing to the endpoint: there the key decides."""
+
+INDEXED: Final = ("email", "http", "json", "urllib")
+"""The packages of the sample that the build is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,25 @@ class Copy:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Build:
+    """
+    A build there, and what came of it here.
+
+    @ivar confined: in a sandbox.
+    @ivar seconds: from the request to the result.
+    @ivar moved: bytes of the protocol and the log, both ways, from the request until the output was here.
+    @ivar recipePaths: how many paths copying the .drv file would have had to move, and C{recipeBytes}, the sizes of
+        their NARs.
+    """
+
+    confined: bool
+    seconds: float
+    moved: int
+    recipePaths: int
+    recipeBytes: int
+
+
 class Narrator:
     """
     Is told about each step when it is over; each does nothing here.
@@ -96,21 +120,40 @@ class Narrator:
     def checked(self, paths: int, narBytes: int, seconds: float) -> None:
         """All hashes are right."""
 
+    def building(self, recipe: Recipe, paths: int, narBytes: int) -> None:
+        """
+        A build begins.
+
+        @param paths: how many paths the remote lacks of the closure of the .drv file; C{narBytes}: their size.
+        """
+
+    def said(self, line: str) -> None:
+        """A line of the log of the build."""
+
+    def built(self, build: Build) -> None:
+        """The output is here, and is right."""
+
 
 class Demonstration:
     """
     One run.
     """
 
-    def __init__(self, reactor: Any, directory: str, narrator: Narrator, useSSH: bool) -> None:
+    def __init__(
+        self, reactor: Any, directory: str, narrator: Narrator, useSSH: bool = True, useSandbox: bool = True
+    ) -> None:
         """
         @param directory: an empty one, reached without symbolic links; to be deleted afterwards.
         @param useSSH: let the C{ssh} program connect, if there is one.
+        @param useSandbox: build in a sandbox, if this machine has what that takes.
         """
         self._reactor = reactor
         self._directory = directory
         self._narrator = narrator
         self._ssh = shutil.which("ssh") if useSSH else None
+        self._confined = useSandbox and findShell() is not None and not sandboxProblem()
+        # Builders outside a sandbox find store paths only where they are: then there is a store directory of our own.
+        self._storeDir = StoreDir() if self._confined else StoreDir(f"{directory}/nix/store")
         self._workers = Workers(reactor)
         # What has been started, to be ended in the opposite order.
         self._started = AsyncExitStack()
@@ -133,10 +176,11 @@ class Demonstration:
             await self._copy("upload again", up, source, sample.root)
             await self._copy("download", down, target, sample.root)
             await self._check(source, target, sample.root)
+            await self._build(client, source, sample)
             await client.close()
 
     def _openStore(self, name: str) -> LocalStore:
-        store = LocalStore(StoreLayout.underRoot(f"{self._directory}/{name}"), reservedSize=0)
+        store = LocalStore(StoreLayout.underRoot(f"{self._directory}/{name}", self._storeDir), reservedSize=0)
         self._started.callback(store.close)
         return store
 
@@ -156,7 +200,8 @@ class Demonstration:
         _writePrivate(self._path("user_key"), key.toString("OPENSSH", subtype="v1"))
         public = key.public().toString("OPENSSH", comment=USER)
         _writePrivate(f"{state}/authorized_keys", f'command="{FORCED_COMMAND}" '.encode() + public + b"\n")
-        settings = ServiceSettings.complete({"state": state, "listen": f"tcp:0:interface={HOST}"}, {})
+        options = {"state": state, "listen": f"tcp:0:interface={HOST}", **self._storeOptions()}
+        settings = ServiceSettings.complete(options, {})
         service = ServeService(settings, self._reactor, {})
 
         async def stop() -> None:
@@ -166,11 +211,21 @@ class Demonstration:
         self._started.push_async_callback(stop)
         return service
 
-    async def _connect(self, service: ServeService) -> ServeClient:
+    def _storeOptions(self) -> Mapping[str, str]:
+        """An embedded store, as the service makes by itself; if need be one that builders can use as they are."""
+        if self._confined:
+            return {"sandbox": "on"}
+        base = f"{self._directory}/nix"
+        for path in (self._directory, f"{self._directory}/state"):
+            # As root, builders have a uid of their own, and have to get through to the store.
+            os.chmod(path, 0o711)
+        return {"store": f"local?store={base}/store&state={base}/var&log={base}/log", "sandbox": "off"}
+
+    async def _connect(self, service: ServeService) -> _Client:
         begun = time.monotonic()
         port: int = service.ports[0].getHost().port  # type: ignore[attr-defined]
         hostKey = loadHostKey(service.settings.hostKey).public()
-        client = ServeClient(StoreLayout.underRoot("/").storeDir)
+        client = _Client(self._storeDir, self._narrator)
         if self._ssh is not None:
             known = f"[{HOST}]:{port} ".encode() + hostKey.toString("OPENSSH") + b"\n"
             _writePrivate(self._path("known_hosts"), known)
@@ -223,8 +278,87 @@ class Demonstration:
         paths, narBytes = await self._workers.call(_inSession, source, partial(_compare, target=target, root=root))
         self._narrator.checked(paths, narBytes, time.monotonic() - begun)
 
+    async def _build(self, client: _Client, store: LocalStore, sample: Sample) -> None:
+        """
+        Build there and fetch the output.
+
+        @raise RemoteError: it did not build.
+        @raise StoreError: the output is not what it should be.
+        """
+        session, door = store.openSession(), Door(self._workers)
+        packages = {name: sample.packages[name] for name in INDEXED}
+        recipe = await door.call(makeRecipe, session, f"{self._directory}/work", packages)
+        paths, size = await _weigh(client, door, session, recipe.drvPath)
+        self._narrator.building(recipe, paths, size)
+        before, begun = client.moved, time.monotonic()
+        result = await client.buildDerivation(recipe.drvPath, recipe.basic)
+        seconds = time.monotonic() - begun
+        if not result.success:
+            raise RemoteError(f"'{recipe.drvPath}' was not built: {result.errorMsg}")
+        await downloadClosure(client, door, session, [recipe.output])
+        moved = client.moved - before
+        await door.call(_checkOutput, session, store.layout.realPath(recipe.output), recipe)
+        await door.call(session.close)
+        self._narrator.built(Build(self._confined, seconds, moved, paths, size))
+
     def _path(self, name: str) -> str:
         return f"{self._directory}/{name}"
+
+
+class _Client(ServeClient):
+    """
+    Counts what it sends and gets, and tells the narrator the lines of logs.
+    """
+
+    def __init__(self, storeDir: StoreDir, narrator: Narrator) -> None:
+        super().__init__(storeDir, self._takeLog)
+        self._narrator = narrator
+        self._received = 0
+        self._line = b""
+
+    @property
+    def moved(self) -> int:
+        """Bytes both ways, the log with them."""
+        sent: int = self.transport.sent
+        return sent + self._received
+
+    def dataReceived(self, data: bytes) -> None:
+        """See L{ServeClient}."""
+        self._received += len(data)
+        super().dataReceived(data)
+
+    def _takeLog(self, data: bytes) -> None:
+        self._received += len(data)
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            self._narrator.said(line.decode("utf-8", "replace"))
+
+
+async def _weigh(client: ServeClient, door: Door, session: StoreSession, drvPath: StorePath) -> tuple[int, int]:
+    """
+    What copying a .drv file would take, asked of the remote store itself.
+
+    @return: how many paths of its closure are not there, and the sizes of their NARs.
+    """
+    closure = await door.call(session.queryClosure, [drvPath])
+    missing = closure - await client.queryValidPaths(closure)
+    infos = await door.call(session.queryPathInfos, missing)
+    return len(infos), sum(info.narSize for info in infos.values())
+
+
+def _checkOutput(session: StoreSession, realPath: str, recipe: Recipe) -> None:
+    """
+    In a worker: is the output what it should be? Its hash was looked at when it was stored.
+
+    @param realPath: where it is.
+    @raise StoreError: it is not.
+    """
+    with open(realPath, encoding="utf-8") as stream:
+        text = stream.read()
+    if text != recipe.expected:
+        raise StoreError(f"the contents of '{recipe.output}' are wrong")
+    if session.queryPathInfos([recipe.output])[recipe.output].references != recipe.basic.inputSrcs:
+        raise StoreError(f"the references of '{recipe.output}' are wrong")
 
 
 def _inSession(store: LocalStore, function: Callable[[StoreSession], T]) -> T:

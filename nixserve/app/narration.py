@@ -10,7 +10,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from nixserve.app.demonstration import HOST, Copy, Narrator, Server
+from nixserve.app.demonstration import HOST, Build, Copy, Narrator, Server
+from nixserve.app.recipe import Recipe
 from nixserve.app.sample import Sample
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.protocol.copying import CopyProgress
@@ -65,6 +66,28 @@ class PrintingNarrator(Narrator):
         click.echo()
         click.secho("  ✓ ", fg="green", bold=True, nl=False)
         click.echo(f"hashed all {paths} paths in the last store: contents, sizes and references are those of the first")
+        click.echo()
+
+    def building(self, recipe: Recipe, paths: int, narBytes: int) -> None:
+        """See L{Narrator}."""
+        name, inputs = recipe.drvPath.name, len(recipe.basic.inputSrcs)
+        _step("recipe", f"{name} and what it depends on, {paths} paths of {formatBytes(narBytes)}, stay here")
+        _step("build", f"at the endpoint, which has the {inputs} inputs; the last derivation alone is sent:")
+
+    def said(self, line: str) -> None:
+        """See L{Narrator}."""
+        click.secho("            │ ", dim=True, nl=False)
+        click.echo(line)
+
+    def built(self, build: Build) -> None:
+        """See L{Narrator}."""
+        place = "in a sandbox" if build.confined else "without a sandbox"
+        _step("built", f"{place}, in {build.seconds:.3f} s")
+        moved, factor = formatBytes(build.moved), build.recipeBytes / build.moved
+        _step("moved", f"{moved}, log and output included; to copy the recipe takes {factor:,.0f} times as much")
+        click.echo()
+        click.secho("  ✓ ", fg="green", bold=True, nl=False)
+        click.echo("fetched the output, and counted again here: its contents and references are right")
 
 
 class Bar(CopyProgress):

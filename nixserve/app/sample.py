@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import sysconfig
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,7 +23,7 @@ from nixserve.errors import StoreError
 from nixserve.store.api import StoreSession
 from nixserve.store.files import dumpPath
 
-__all__ = ["Sample", "addTree", "makeSample"]
+__all__ = ["Sample", "addNar", "addTree", "makeSample"]
 
 PACKAGES: Final = ("asyncio", "email", "encodings", "http", "importlib", "json", "logging", "unittest", "urllib", "xml")
 """Packages of Python's library, each to be an object of its own: together some 300 small files."""
@@ -49,6 +49,7 @@ class Sample:
     @ivar executables: how many of them are executable,
     @ivar links: how many symbolic links.
     @ivar narBytes: the sizes of the NARs of all objects.
+    @ivar packages: those of its objects that are packages of Python's library, by name.
     """
 
     root: StorePath
@@ -57,6 +58,7 @@ class Sample:
     executables: int
     links: int
     narBytes: int
+    packages: Mapping[str, ValidPathInfo]
 
 
 def makeSample(session: StoreSession, directory: str) -> Sample:
@@ -80,7 +82,8 @@ def makeSample(session: StoreSession, directory: str) -> Sample:
     profile = addTree(session, "profile", str(base / "profile"), _paths(infos, *infos))
     files, executables, links = _count(base)
     narBytes = sum(info.narSize for info in (*infos.values(), profile))
-    return Sample(profile.path, len(infos) + 1, files, executables, links, narBytes)
+    packages = {name: infos[name] for name in PACKAGES}
+    return Sample(profile.path, len(infos) + 1, files, executables, links, narBytes, packages)
 
 
 def addTree(session: StoreSession, name: str, directory: str, references: Collection[StorePath] = ()) -> ValidPathInfo:
@@ -91,18 +94,38 @@ def addTree(session: StoreSession, name: str, directory: str, references: Collec
     @raise StoreError: it cannot be read, or changes meanwhile.
     @raise nixserve.store.api.Busy: call again.
     """
+    return addNar(session, name, lambda: dumpPath(directory), references)
+
+
+def addNar(
+    session: StoreSession,
+    name: str,
+    dump: Callable[[], Iterable[bytes]],
+    references: Collection[StorePath] = (),
+    textHash: Hash | None = None,
+) -> ValidPathInfo:
+    """
+    As L{addTree}, from a NAR.
+
+    @param dump: gives it, the same each time.
+    @param textHash: if it is a text that refers to others, such as a .drv file: the hash of the text.
+    """
     digest, size = hashlib.sha256(), 0
-    for chunk in dumpPath(directory):
+    for chunk in dump():
         digest.update(chunk)
         size += len(chunk)
     narHash = Hash("sha256", digest.digest())
-    ca = ContentAddress(ContentAddressMethod.NAR, narHash)
+    ca = (
+        ContentAddress(ContentAddressMethod.TEXT, textHash)
+        if textHash
+        else ContentAddress(ContentAddressMethod.NAR, narHash)
+    )
     path = session.storeDir.makeContentAddressedPath(ca, name, references)
     info = ValidPathInfo(path, narHash, size, frozenset(references), ca=ca)
     session.addTempRoots([path])
     writer = session.addToStore(info)
     try:
-        for chunk in dumpPath(directory):
+        for chunk in dump():
             writer.feed(chunk)
         writer.finish()
     except BaseException:

@@ -9,7 +9,7 @@ come in order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredLock, maybeDeferred
@@ -18,6 +18,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.connection import (
     ClientConnection,
     EndOfInput,
@@ -27,14 +28,20 @@ from nixserve.codec.connection import (
     Reply,
     VersionAgreed,
 )
+from nixserve.codec.derivation import BasicDerivation
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.serve import (
     AddToStoreNar,
+    BuildDerivation,
+    BuildOptions,
+    BuildPaths,
+    BuildPathsResult,
     DumpStorePath,
     QueryClosure,
     QueryPathInfos,
     QueryValidPaths,
     Request,
+    dependsOnVersion,
 )
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import NixServeError, RemoteError
@@ -46,6 +53,8 @@ __all__ = ["ServeClient"]
 
 MAX_REMOTE_ERROR = 16 * 1024
 """How much of the remote's standard error is kept for error messages: its end, where the reason stands."""
+
+_DEFAULT_OPTIONS = BuildOptions()
 
 
 class _Awaited:
@@ -86,6 +95,8 @@ class ServeClient(Protocol):
         self._errorText = b""
         self._failure: NixServeError | None = None
         self._closing = False
+        # Fires when the version is known, or never will be.
+        self._decided: Deferred[None] = Deferred()
 
     # --- commands -----------------------------------------------------------------------------------------
 
@@ -133,6 +144,29 @@ class ServeClient(Protocol):
         self._sending.run(lambda: Deferred.fromCoroutine(send()).addErrback(self._abort))
         return awaited.reply
 
+    def buildDerivation(
+        self, drvPath: StorePath, drv: BasicDerivation, options: BuildOptions = _DEFAULT_OPTIONS
+    ) -> Deferred[BuildResult]:
+        """
+        Build a derivation that need not be there, from inputs that must be. Its log comes as standard error.
+
+        @param drvPath: what it is called.
+        @param drv: its C{inputSrcs} are all that it may use.
+        @return: what came of it; a build that fails is a result as well.
+        """
+        return self._ask(BuildDerivation(drvPath, drv, options))
+
+    def buildPaths(
+        self, targets: Sequence[str], options: BuildOptions = _DEFAULT_OPTIONS
+    ) -> Deferred[BuildPathsResult]:
+        """
+        Build derivations that are there, and what they need. Their logs come as standard error.
+
+        @param targets: as L{BuildPaths} has them.
+        @return: what came of it; a build that fails is a result as well.
+        """
+        return self._ask(BuildPaths(tuple(targets), options))
+
     def close(self) -> Deferred[None]:
         """
         End the session, in which no request may be under way: the remote frees what it kept for it.
@@ -149,7 +183,8 @@ class ServeClient(Protocol):
 
     def _ask(self, request: Request, sink: Callable[[bytes], None] | None = None) -> Deferred[Any]:
         awaited = self._await(sink)
-        self._sending.run(lambda: maybeDeferred(self._send, request).addErrback(self._abort))
+        send = self._sendInVersion if dependsOnVersion(request) else self._send
+        self._sending.run(lambda: maybeDeferred(send, request).addErrback(self._abort))
         return awaited.reply
 
     def _await(self, sink: Callable[[bytes], None] | None = None) -> _Awaited:
@@ -163,6 +198,11 @@ class ServeClient(Protocol):
         else:
             awaited.reply.errback(self._failure)
         return awaited
+
+    async def _sendInVersion(self, request: Request) -> None:
+        """What is written otherwise in other versions, and whatever is asked after it, waits for the server's hello."""
+        await self._decided
+        self._send(request)
 
     def _send(self, request: Request) -> None:
         if self._failure is not None:
@@ -207,6 +247,7 @@ class ServeClient(Protocol):
                 match event:
                     case VersionAgreed(version):
                         self.ready.callback(version)
+                        self._decided.callback(None)
                     case NarData(data):
                         sink = self._awaited[0].sink
                         assert sink is not None, "only DumpStorePath is answered with a NAR"
@@ -234,6 +275,7 @@ class ServeClient(Protocol):
             one.reply.errback(failure)
         if not self.ready.called:
             self.ready.errback(failure)
+            self._decided.callback(None)
         if self._outflow is not None:
             # What is being sent will never arrive: let go of the store it comes from.
             self._outflow.cancel()

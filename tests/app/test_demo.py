@@ -3,6 +3,7 @@ C{nixserve demo}: what it says, what it leaves behind, and that what it recommen
 """
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -12,11 +13,22 @@ import struct
 import subprocess
 import termios
 import time
+from pathlib import Path
 
 import pytest
 
 from nixserve.app.cmd_demo import realUse
+from nixserve.app.recipe import makeRecipe
+from nixserve.app.sample import makeSample
+from nixserve.codec.derivation import (
+    checkDerivationOutputs,
+    derivationName,
+    drvPathOf,
+    outputPaths,
+    parseDerivation,
+)
 from tests.app.appsupport import BIN, TIMEOUT, waitUntil
+from tests.builder.buildersupport import needsSandbox
 from tests.interop.nix import requireProgram
 
 
@@ -57,6 +69,60 @@ def test_shows(ssh, demo, options):
     assert "\r" not in done.stdout and "\x1b" not in done.stdout
 
 
+@pytest.mark.parametrize("confined", [pytest.param(True, marks=needsSandbox), False])
+def test_builds(ssh, box, demo, confined):
+    """It builds something, confined where that can be, shows its log, and says what moved beside what need not."""
+    # Without a sandbox, root's builders have another uid, which has to get to the store.
+    box.path.chmod(0o711)
+    (box.path / "tmp").chmod(0o711)
+    done = demo(*([] if confined else ["--no-sandbox"]))
+    assert (done.returncode, done.stderr) == (0, "")
+    # An archive, 40 stages, four downloads and the program itself.
+    assert re.search(r"recipe +index\.drv .*, 46 paths of 4\.\d MB, stay here", done.stdout)
+    log = re.findall(r"^ +│ (.*)$", done.stdout, re.M)
+    assert len(log) == 6
+    assert ("7 entries in the root directory" in log) == ("4 paths in the store" in log) == confined
+    files = [name for name in os.listdir(os.path.dirname(json.__file__)) if name.endswith(".py")]
+    assert [line for line in log if line.startswith(f"python-json: {len(files)} files, ")]
+    assert f"  built     {'in' if confined else 'without'} a sandbox, in " in done.stdout
+    moved, factor = re.search(r"moved +([0-9.]+) kB, .* takes ([0-9,]+) times as much", done.stdout).groups()
+    assert 1 < float(moved) < 20
+    assert 4_100_000 < float(moved) * 1000 * int(factor.replace(",", "")) < 4_600_000
+    assert "its contents and references are right" in done.stdout
+
+
+def test_recipe(box):
+    """
+    The recipe is a real one: every .drv file is at the path that it gives and states outputs that follow from it, and
+    what is built from it needs nothing of its closure.
+    """
+    _, store = box.store()
+    (box.path / "work").mkdir()
+    session = store.openSession()
+    sample = makeSample(session, str(box.path / "work"))
+    packages = {name: sample.packages[name] for name in ("json", "xml")}
+    recipe = makeRecipe(session, str(box.path / "work"), packages)
+    closure = session.queryClosure([recipe.drvPath])
+    derivations = {path for path in closure if path.isDerivation}
+    assert (len(closure), len(derivations)) == (44, 43)
+    assert not closure & recipe.basic.inputSrcs
+    assert recipe.basic.inputSrcs == {info.path for info in packages.values()} <= session.queryClosure([sample.root])
+
+    def lookup(path):
+        return parseDerivation(Path(store.layout.realPath(path)).read_bytes(), derivationName(path), session.storeDir)
+
+    for path in derivations:
+        assert drvPathOf(lookup(path), session.storeDir) == path
+        checkDerivationOutputs(path, lookup(path), lookup, session.storeDir)
+    whole = lookup(recipe.drvPath)
+    assert outputPaths(whole, lookup, session.storeDir, {}) == {"out": recipe.output}
+    assert {path.name for path in whole.inputDrvs} == {"python-json.drv", "python-xml.drv"}
+    for path in whole.inputDrvs:
+        assert lookup(path).outputs["out"].path in recipe.basic.inputSrcs
+    session.close()
+    store.close()
+
+
 def test_withoutSSHProgram(box, demo):
     """Where there is no ssh program it connects by itself."""
     (box.path / "bin").mkdir()
@@ -85,7 +151,7 @@ def test_terminal(box, demo):
 
 
 @pytest.mark.parametrize("signalNumber", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["closure", "client", "upload again"])
+@pytest.mark.parametrize("moment", ["closure", "client", "upload again", "entries"])
 def test_interrupted(ssh, box, demo, signalNumber, moment):
     """Ctrl-C ends it at any time, with no traceback; no process, no file is left."""
     out, err = box.path / "out", box.path / "err"
@@ -128,14 +194,15 @@ class TestRealUse:
     @pytest.fixture(autouse=True)
     def programs(self, ssh):
         """Needs real Nix."""
-        for program in ("nix", "nix-store"):
+        for program in ("nix", "nix-store", "nix-build"):
             requireProgram(program)
 
+    @needsSandbox
     def test_linesWork(self, box, demo):
-        """They are printed; the first serves, the others copy a path there and back."""
-        serve, up, down = (line for _, line in realUse(str(BIN / "nixserve")))
+        """They are printed; the first serves, the next copy a path there and back, the last builds there."""
+        serve, up, down, build = (line for _, line in realUse(str(BIN / "nixserve")))
         said = demo().stdout
-        assert all(line in said for line in (serve, up, down))
+        assert all(line in said for line in (serve, up, down, build))
         key = box.makeKey()
         known = box.home / ".ssh" / "known_hosts"
         (box.path / "file").write_text("contents\n")
@@ -158,6 +225,11 @@ class TestRealUse:
         done = shell(box, adapt(down), environment)
         assert done.returncode == 0, done.stderr
         assert box.run("nix-store", "-q", "--hash", path, env=environment).returncode == 0
+        done = shell(box, adapt(build), environment)
+        assert done.returncode == 0, done.stderr
+        assert re.search("building '.*-hello.drv' on 'ssh://127.0.0.1'", done.stderr)
+        hello = box.path / "other" / os.readlink(box.path / "result")[1:]
+        assert hello.read_text() == "hello\n"
         for name in os.listdir(box.home / ".ssh"):
             os.unlink(box.home / ".ssh" / name)
         shutil.rmtree(box.home / ".cache", ignore_errors=True)
@@ -169,6 +241,7 @@ def nixEnvironment(box, name="nix"):
     return {
         "NIX_REMOTE": str(box.path / name),
         "NIX_CONF_DIR": str(box.path),
+        "NIX_CONFIG": "substituters =\nbuild-users-group =",
         "XDG_CACHE_HOME": str(box.path / "cache"),
     }
 

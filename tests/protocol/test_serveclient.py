@@ -5,6 +5,9 @@ from twisted.internet.error import ConnectionDone, ProcessTerminated
 from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 
+from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
+from nixserve.codec.messages import BuildDerivation, BuildOptions, BuildPaths, BuildPathsResult, Command
+from nixserve.codec.serve import writeReply, writeRequest
 from nixserve.errors import NixServeError, RemoteError
 from nixserve.protocol.client import MAX_REMOTE_ERROR, ServeClient
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer
@@ -23,7 +26,9 @@ from tests.vectors.serve.messages import (
     APP,
     CLIENT_MAGIC,
     CONTENTS,
+    DERIVATION,
     LIB,
+    ONES_DRV,
     SERVER_MAGIC,
     STORE_DIR,
     ZEROS,
@@ -349,6 +354,49 @@ def test_errorTextMayBeAnyBytes():
     client.connectionLost()
     with pytest.raises(RemoteError, match="\ufffd\ufffd"):
         result(client.ready)
+
+
+BUILDS = [BuildDerivation(ONES_DRV, DERIVATION, BuildOptions(keepFailed=True)), BuildPaths((str(ONES_DRV),))]
+
+
+def test_builds():
+    """Builds are asked for with their options, and what comes of them is the result, failures too."""
+    client, transport = alone()
+    client.dataReceived(ANSWER)
+    assert result(client.ready) == 0x208
+    del transport.written[:]
+    derivation = client.buildDerivation(ONES_DRV, DERIVATION, BuildOptions(keepFailed=True))
+    paths = client.buildPaths([str(ONES_DRV)])
+    assert transport.written == b"".join(writeRequest(request, 0x208) for request in BUILDS)
+    built = BuildResult(BuildStatus.BUILT, "", 1, False, 10, 20, {"out": Realisation(ZEROS)})
+    failed = BuildPathsResult(100, "build of '/nix/store/x.drv' failed")
+    client.dataReceived(writeReply(Command.BUILD_DERIVATION, built, 0x208))
+    client.dataReceived(writeReply(Command.BUILD_PATHS, failed, 0x208))
+    assert result(derivation) == built and result(paths) == failed
+
+
+@pytest.mark.parametrize("version", [0x201, 0x206, 0x208])
+def test_buildsBeforeTheHello(version):
+    """What looks different in each version, and all behind it, waits until the version is known."""
+    client, transport = alone()
+    client.buildDerivation(ONES_DRV, DERIVATION, BuildOptions(keepFailed=True))
+    client.queryValidPaths([ZEROS])
+    assert transport.written == CLIENT_MAGIC + wire(0x208)
+    client.dataReceived(SERVER_MAGIC + wire(version))
+    assert result(client.ready) == version
+    expected = CLIENT_MAGIC + wire(0x208) + writeRequest(BUILDS[0], version) + wire(1, 0, 0, [ZEROS])
+    assert transport.written == expected
+
+
+def test_buildsWithoutAHello():
+    """Builds fail like everything else if there is never a version."""
+    client, transport = alone()
+    requests = [client.buildPaths([str(ZEROS)]), client.buildDerivation(ONES_DRV, DERIVATION)]
+    client.connectionLost(Failure(ProcessTerminated(127)))
+    for deferred in (client.ready, *requests):
+        with pytest.raises(RemoteError):
+            result(deferred)
+    assert transport.written == CLIENT_MAGIC + wire(0x208)
 
 
 def test_everybodyIsFailedByABadReply():
