@@ -13,6 +13,7 @@ import pytest
 
 from nixserve.app.settings import CONFIG_KEYS, readConfig
 from tests.app.appsupport import TIMEOUT, waitUntil
+from tests.builder.buildersupport import needsSandbox
 from tests.interop.nix import requireProgram
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +44,8 @@ class Page:
     """
     One page's sandbox.
 
-    Nix's environment variables lead to a store in it, so C{auto} means that one; C{ssh}, which takes the home
-    directory from the system's list of users, is told about the one here.
+    Nix's environment variables lead to a chroot store in it, and a service of C{auto} to another place in it; C{ssh},
+    which takes the home directory from the system's list of users, is told about the one here.
     """
 
     def __init__(self, box):
@@ -61,16 +62,14 @@ class Page:
         script.chmod(0o755)
         (tools / "python").symlink_to(sys.executable)
         nix = box.path / "nix"
+        self.auto = {f"NIX_{name}_DIR": str(box.path / "auto" / name.lower()) for name in ("STORE", "STATE", "LOG")}
         box.environ.update(
             PATH=f"{tools}:{box.environ['PATH']}",
-            NIX_STORE_DIR=str(nix / "store"),
-            NIX_STATE_DIR=str(nix / "var"),
-            NIX_LOG_DIR=str(nix / "log"),
+            NIX_REMOTE=str(nix),
             NIX_CONFIG="substituters =\nbuild-users-group =",
             # For python -m tests.…
             PYTHONPATH=str(ROOT),
         )
-        del box.environ["NIX_REMOTE"]
         # What nix-build leaves.
         (box.path / "file").write_text("contents\n")
         path = box.run("nix-store", "--add", "file").stdout.strip()
@@ -103,7 +102,8 @@ class Page:
         self.stop()
         log = self.box.path / "log"
         with open(log, "wb") as stream:
-            self.service = self.box.spawn("bash", "-c", f"exec {commands}", stdout=stream, stderr=stream)
+            env = self.auto if "--store auto" in commands else None
+            self.service = self.box.spawn("bash", "-c", f"exec {commands}", env=env, stdout=stream, stderr=stream)
         waitUntil(lambda: "host key is" in log.read_text() or self.service.poll() is not None)
         assert self.service.poll() is None, log.read_text()
 
@@ -121,8 +121,14 @@ def freePort():
         return probe.getsockname()[1]
 
 
+def marked(page):
+    """A page as a parameter: with what its commands need."""
+    builds = any("--builders" in commands for _, commands in blocks(page))
+    return pytest.param(page, id=page.name, marks=[needsSandbox] if builds else [])
+
+
 @pytest.mark.interop
-@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if list(blocks(page))])
 def test_blocksRun(page, box):
     """What a page says to type works, in the order in which it says so."""
     for program in ("nix", "nix-store", "ssh", "ssh-keygen", "bash"):
@@ -147,7 +153,8 @@ def test_everyBlockIsSeen():
         assert page.read_text().count("\n```") == 2 * len(found), page
         for language, text in found:
             assert language in {"", "sh", "console", "toml", "ini"}, page
-            assert language or not re.search(r"^(twistd|nix|nixserve|pip|ssh|apt)\b", text, re.M), f"{page}: {text}"
+            isCommand = re.search(r"^(twistd|nix|nixserve|pip|ssh|apt)\b(?!:)", text, re.M)
+            assert language or not isCommand, f"{page}: {text}"
 
 
 def test_setUp():
