@@ -27,7 +27,10 @@ from twisted.python.failure import Failure
 
 from nixserve import __version__
 from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, readConfig, storeDefaults
+from nixserve.builder.local import LocalBuilder, SandboxMode
+from nixserve.builder.sandbox import sandboxProblem
 from nixserve.errors import FormatError, NixServeError, UsageError
+from nixserve.protocol.builds import Builds
 from nixserve.protocol.policy import Policy
 from nixserve.protocol.relay import RelayFactory
 from nixserve.protocol.server import ServeSessions
@@ -62,6 +65,10 @@ class Options(usage.Options):
         ["host-key", None, None, "private host key, made if missing"],
         ["default-rights", None, None, "rights of keys without a forced command: read, or read,write,build,trust"],
         ["socket", None, None, "unix socket for 'nixserve-store --connect'"],
+        ["max-jobs", None, None, "how many builds may run at once, 0 to refuse to build [the number of processors]"],
+        ["cores", None, None, "processors that each build is told to use, 0 for all [0]"],
+        ["sandbox", None, None, "confine builds: auto (where the machine can), on, or off [auto]"],
+        ["system-features", None, None, "what builds may require of this machine, separated by commas [Nix's]"],
     ]
     compData = usage.Completions(
         optActions={
@@ -151,6 +158,7 @@ class ServeService(Service):
         self._environ = environ
         self._workers: Workers | None = None
         self._store: LocalStore | None = None
+        self._builds: Builds | None = None
 
     def startService(self) -> None:
         """
@@ -181,7 +189,10 @@ class ServeService(Service):
         self._store = LocalStore(layout)
         self._workers = Workers(self._reactor)
         self._workers.start()
-        self.sessions = ServeSessions(self._store, self._workers, self._reactor, self._isServed(layout))
+        self._builds = self._startBuilds(self._store, self._workers)
+        self.sessions = ServeSessions(
+            self._store, self._workers, self._reactor, self._isServed(layout), builds=self._builds
+        )
         numbers = itertools.count(1)
         realm = ServeRealm(self.sessions, self._reactor, policy, numbers)
         checker = AuthorizedKeysChecker(AuthorizedKeysFile(settings.authorizedKeys))
@@ -193,17 +204,35 @@ class ServeService(Service):
         self._listen(f"unix:{settings.socket}", relays, RelayFactory(self.sessions, policy, numbers))
         self.log.info("serving {store}; the host key is {key}", store=settings.store, key=fingerprint(hostKey.public()))
 
+    def _startBuilds(self, store: LocalStore, workers: Workers) -> Builds | None:
+        """
+        @raise UsageError: builds are to be confined, and cannot be.
+        """
+        settings = self.settings
+        if not settings.maxJobs:
+            return None
+        problem = "" if settings.builds.sandbox is SandboxMode.OFF else sandboxProblem()
+        if problem and settings.builds.sandbox is SandboxMode.ON:
+            raise UsageError(f"builds cannot be confined, as --sandbox on demands: {problem}")
+        if problem:
+            self.log.warn("builds run without a sandbox, for trusted keys only: {problem}", problem=problem)
+        builds = Builds(store, LocalBuilder(store, settings.builds), workers, self._reactor, settings.maxJobs)
+        builds.start()
+        return builds
+
     def _abandon(self) -> None:
         """Starting failed half way."""
         self.running = False
         for port in self.ports:
             maybeDeferred(port.stopListening)
         self.ports.clear()
+        if self._builds is not None:
+            self._builds.stop()
         if self._workers is not None:
             self._workers.stop()
         if self._store is not None:
             self._store.close()
-        self._workers = self._store = None
+        self._workers = self._store = self._builds = None
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, end the sessions, then let go of the store."""
@@ -219,6 +248,8 @@ class ServeService(Service):
         await gatherResults([maybeDeferred(port.stopListening) for port in self.ports], consumeErrors=True)
         self.ports.clear()
         await self.sessions.stop()
+        if self._builds is not None:
+            await self._builds.stop()
         self._ssh.loseConnections()
         workers.stop()
         store.close()

@@ -7,15 +7,25 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import FormatError, UsageError
 from nixserve.store.layout import StoreDefaults, StoreLayout, chooseAutoRoot, parseStoreURI
 
-__all__ = ["ServiceSettings", "chooseStore", "defaultStateDir", "homeDir", "logPath", "readConfig", "storeDefaults"]
+__all__ = [
+    "ServiceSettings",
+    "chooseStore",
+    "defaultMaxJobs",
+    "defaultStateDir",
+    "homeDir",
+    "logPath",
+    "readConfig",
+    "storeDefaults",
+]
 
 Environment = Mapping[str, str]
 
@@ -78,6 +88,8 @@ class ServiceSettings:
     @ivar state: directory of the service's own files.
     @ivar listen: Twisted endpoint strings of the SSH port.
     @ivar socket: path of the unix socket for relays.
+    @ivar maxJobs: how many builds may run at once; 0 to refuse to build.
+    @ivar builds: how to build.
     """
 
     store: str
@@ -87,6 +99,8 @@ class ServiceSettings:
     hostKey: str
     defaultRights: str
     socket: str
+    maxJobs: int
+    builds: BuildSettings
 
     @classmethod
     def complete(cls, given: Mapping[str, Any], environ: Environment) -> ServiceSettings:
@@ -94,6 +108,7 @@ class ServiceSettings:
         Fill in what is not given.
 
         @param given: by the names of the options, without the leading dashes; C{None} counts as not given.
+        @raise UsageError: a value cannot be.
         """
         options = {name: value for name, value in given.items() if value is not None}
         state = os.path.abspath(options.get("state") or defaultStateDir(environ))
@@ -106,10 +121,50 @@ class ServiceSettings:
             hostKey=options.get("host-key") or f"{state}/ssh_host_ed25519_key",
             defaultRights=options.get("default-rights") or "read",
             socket=options.get("socket") or f"{state}/serve.sock",
+            maxJobs=_count("max-jobs", options.get("max-jobs"), defaultMaxJobs()),
+            builds=_buildSettings(options),
         )
 
 
-CONFIG_KEYS = ("store", "state", "listen", "authorized-keys", "host-key", "default-rights", "socket")
+def defaultMaxJobs() -> int:
+    """As many builds at once as there are processors for us."""
+    return len(os.sched_getaffinity(0))
+
+
+def _buildSettings(options: Mapping[str, Any]) -> BuildSettings:
+    mode = str(options.get("sandbox", "auto"))
+    if mode not in _SANDBOX_MODES:
+        raise UsageError(f"the value of 'sandbox' is '{mode}'; it must be auto, on or off")
+    settings = BuildSettings(cores=_count("cores", options.get("cores"), 0), sandbox=_SANDBOX_MODES[mode])
+    features = options.get("system-features")
+    if features is None:
+        return settings
+    words = features if isinstance(features, list) else str(features).replace(",", " ").split()
+    return replace(settings, systemFeatures=frozenset(words))
+
+
+_SANDBOX_MODES = {"auto": SandboxMode.AUTO, "on": SandboxMode.ON, "off": SandboxMode.OFF}
+
+
+def _count(name: str, value: Any, default: int) -> int:
+    if value is None:
+        return default
+    try:
+        number = int(value)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise UsageError(f"the value of '{name}' is '{value}'; it must be a number, 0 or more")
+    return number
+
+
+CONFIG_KEYS = (
+    *("store", "state", "listen", "authorized-keys", "host-key", "default-rights", "socket"),
+    *("max-jobs", "cores", "sandbox", "system-features"),
+)
+
+_LIST_KEYS = frozenset({"listen", "system-features"})
+_NUMBER_KEYS = frozenset({"max-jobs", "cores"})
 
 
 def readConfig(path: str) -> dict[str, Any]:
@@ -128,7 +183,9 @@ def readConfig(path: str) -> dict[str, Any]:
     for key, value in config.items():
         if key not in CONFIG_KEYS:
             raise UsageError(f"configuration file '{path}': unknown key '{key}'; the keys are {', '.join(CONFIG_KEYS)}")
-        many = isinstance(value, list) and key == "listen" and all(isinstance(item, str) for item in value)
-        if not isinstance(value, str) and not many:
-            raise UsageError(f"configuration file '{path}': the value of '{key}' must be a string")
+        many = isinstance(value, list) and key in _LIST_KEYS and all(isinstance(item, str) for item in value)
+        number = type(value) is int and key in _NUMBER_KEYS
+        if not isinstance(value, str) and not many and not number:
+            kind = "number" if key in _NUMBER_KEYS else "string"
+            raise UsageError(f"configuration file '{path}': the value of '{key}' must be a {kind}")
     return config

@@ -4,6 +4,7 @@ One session on the standard streams of this process, on a store that it opens it
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ReactorNotRunning
 from twisted.logger import (
     FilteringLogObserver,
     ILogObserver,
@@ -22,8 +25,10 @@ from twisted.logger import (
 )
 from zope.interface import provider
 
-from nixserve.app.settings import chooseStore, logPath
+from nixserve.app.settings import chooseStore, defaultMaxJobs, logPath
+from nixserve.builder.local import LocalBuilder
 from nixserve.errors import UsageError
+from nixserve.protocol.builds import Builds
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.server import ServeSessions
 from nixserve.protocol.stdio import StdioTransport
@@ -45,19 +50,34 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
     store = LocalStore(_restrict(chooseStore(command.storeURI, environ), command.policy))
     runner: Any = reactor
     workers = Workers(runner)
-    sessions = ServeSessions(store, workers, runner)
+    builds = None
+    if Right.BUILD in command.policy.rights:
+        builds = Builds(store, LocalBuilder(store), workers, runner, defaultMaxJobs())
+    sessions = ServeSessions(store, workers, runner, builds=builds)
     statuses: list[int] = []
 
     def start() -> None:
         workers.start()
+        if builds is not None:
+            builds.start()
         session = sessions.buildSession(command.policy, Peer("stdio", environ.get("SSH_CONNECTION", ""), os.getpid()))
         transport = StdioTransport(session, runner)
         transport.exited.addCallback(statuses.append)
-        transport.exited.addCallback(lambda _: sessions.stop())
-        transport.exited.addBoth(lambda _: runner.stop())
+        transport.exited.addBoth(end)
+
+    def end(_: object) -> None:
+        # After a signal it has been stopped already.
+        with contextlib.suppress(ReactorNotRunning):
+            runner.stop()
+
+    def stop() -> Deferred[None]:
+        """At the session's end, or at a signal: free everything, a running build above all."""
+        stopping = sessions.stop()
+        return stopping.addCallback(lambda _: builds.stop()) if builds is not None else stopping
 
     gc.freeze()
     runner.callWhenRunning(start)
+    runner.addSystemEventTrigger("before", "shutdown", stop)
     runner.run()
     workers.stop()
     store.close()

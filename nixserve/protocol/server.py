@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from functools import partial
 from operator import methodcaller
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.error import ConnectionLost
@@ -25,6 +25,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from nixserve.builder.plan import PlanStore
 from nixserve.codec.connection import (
     EndOfImport,
     EndOfInput,
@@ -38,9 +39,11 @@ from nixserve.codec.connection import (
     ServerEvent,
     VersionAgreed,
 )
+from nixserve.codec.derivation import BasicDerivation, drvPathOf, verifyBasicDerivation
 from nixserve.codec.serve import (
     AddToStoreNar,
     BuildDerivation,
+    BuildOptions,
     BuildPaths,
     Command,
     DumpStorePath,
@@ -51,8 +54,9 @@ from nixserve.codec.serve import (
     QueryValidPaths,
     Request,
 )
-from nixserve.codec.storepath import StorePath
-from nixserve.errors import NixServeError, PolicyError, RemoteProtocolError
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteProtocolError
+from nixserve.protocol.builds import BuildClient, Builds
 from nixserve.protocol.interfaces import IServeSessions, IServeTransport, IWorkers
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle
@@ -66,6 +70,9 @@ T = TypeVar("T")
 
 MAX_UNREAD = 256 * 1024
 """Bytes of later requests that are kept while one is being answered; then the peer is paused."""
+
+_INTERRUPTED = "interrupted by the user"
+"""What real Nix says when the client is gone in the middle of a build."""
 
 STALL_SECONDS = 600.0
 """A session in the middle of a request that moves no byte for so long ends."""
@@ -108,8 +115,10 @@ class ServeServer(Protocol):
         peer: Peer,
         clock: IReactorTime,
         stallSeconds: float = STALL_SECONDS,
+        builds: Builds | None = None,
     ) -> None:
         self._store = store
+        self._builds = builds
         self._session: StoreSession | None = None
         self._policy = policy
         self._peer = peer
@@ -123,6 +132,8 @@ class ServeServer(Protocol):
         self._pending: Deferred[Any] | None = None
         # Why the conversation has to end, if something outside it says so.
         self._cause: Failure | None = None
+        self._eof = False
+        self._building = False
         self._exiting = False
         self._sentBefore = -1
         self.ended: Deferred[None] = Deferred()
@@ -154,6 +165,9 @@ class ServeServer(Protocol):
         """
         self._stall.shorten(HALF_CLOSED_SECONDS)
         self._connection.receiveEOF()
+        self._eof = True
+        if self._building:
+            self._end(Failure(PolicyError(_INTERRUPTED)))
         self._wake()
 
     def writeConnectionLost(self) -> None:
@@ -298,13 +312,63 @@ class ServeServer(Protocol):
                 await self._finishNar(inflow, methodcaller("finish", item.path, item.references, item.deriver))
         self._reply(None)
 
-    async def cmd_buildPaths(self, request: BuildPaths) -> None:
-        """Not yet."""
-        raise PolicyError("this nixserve does not build: take it out of the builders, or use it for copying only")
-
     async def cmd_buildDerivation(self, request: BuildDerivation) -> None:
-        """Not yet."""
-        raise PolicyError("this nixserve does not build: take it out of the builders, or use it for copying only")
+        """
+        Build what comes with the request. Whoever is not trusted may build what can be verified: whose output paths
+        follow from the derivation itself, or from what comes out.
+        """
+        builds = self._requireBuilds(request.options)
+        drvPath = request.drvPath
+        if Right.TRUST not in self._policy.rights:
+            try:
+                drvPath = await self._call(_verifiedDrvPath, drvPath, request.drv, self._store.storeDir)
+            except FormatError as e:
+                raise PolicyError(f"{e}; building it needs the right 'trust', or its .drv in the store") from e
+        outputs = [output.path for output in request.drv.outputs.values() if output.path is not None]
+        await self._call(self._open.addTempRoots, [drvPath, *outputs, *request.drv.inputSrcs])
+        build = builds.build(drvPath, request.drv, request.options, self._buildClient())
+        self._reply(await self._interruptible(build))
+
+    async def cmd_buildPaths(self, request: BuildPaths) -> None:
+        """Build derivations that are in the store, and what they need."""
+        builds = self._requireBuilds(request.options)
+        building = builds.buildPaths(request.targets, request.options, self._buildClient())
+        self._reply(await self._interruptible(Deferred.fromCoroutine(building)))
+
+    def _requireBuilds(self, options: BuildOptions) -> Builds:
+        """
+        @raise PolicyError: there are no builds here, or not such.
+        """
+        if self._builds is None:
+            raise PolicyError("this nixserve does not build: take it out of the builders, or use it for copying only")
+        if options.nrRepeats:
+            raise PolicyError("client requested repeating builds, but this is not currently implemented")
+        return self._builds
+
+    def _buildClient(self) -> BuildClient:
+        return BuildClient(
+            name=self._peer.key or self._peer.address,
+            listener=self.transport.writeError,
+            door=self._door,
+            # Whoever builds does it on a local store.
+            session=cast(PlanStore, self._open),
+            mustSandbox=Right.TRUST not in self._policy.rights,
+        )
+
+    async def _interruptible(self, building: Deferred[T]) -> T:
+        """
+        Wait for a build, which ends with the client's end of input: real clients send it only when they are gone. The
+        client need not act meanwhile.
+        """
+        self._stall.stop()
+        self._building = True
+        if self._eof:
+            self._end(Failure(PolicyError(_INTERRUPTED)))
+        try:
+            return await self._wait(building)
+        finally:
+            self._building = False
+            self._stall.start()
 
     async def _receiveNar(self, inflow: NarInflow[Any]) -> ServerEvent:
         """
@@ -418,6 +482,17 @@ class ServeServer(Protocol):
         return {"peer": self._peer, "key": self._peer.key, "command": self._command and self._command.name}
 
 
+def _verifiedDrvPath(drvPath: StorePath, drv: BasicDerivation, storeDir: StoreDir) -> StorePath:
+    """
+    Check a derivation that comes from somebody who is not trusted.
+
+    @return: what it is called in truth: the name that came with it would be recorded as the deriver of its outputs.
+    @raise FormatError: it cannot be verified.
+    """
+    verifyBasicDerivation(drvPath, drv, storeDir)
+    return drvPathOf(drv, storeDir)
+
+
 @implementer(IServeSessions)
 class ServeSessions:
     """
@@ -431,10 +506,13 @@ class ServeSessions:
         clock: IReactorTime,
         isServed: Callable[[str], bool] = lambda uri: False,
         stallSeconds: float = STALL_SECONDS,
+        builds: Builds | None = None,
     ) -> None:
         """
         @param isServed: does this URI mean C{store}?
+        @param builds: who builds on C{store}; without, requests to build are refused.
         """
+        self._builds = builds
         self._store = store
         self._workers = workers
         self._clock = clock
@@ -448,7 +526,7 @@ class ServeSessions:
 
     def buildSession(self, policy: Policy, peer: Peer) -> IProtocol:
         """See L{IServeSessions}."""
-        server = ServeServer(self._store, self._workers, policy, peer, self._clock, self._stallSeconds)
+        server = ServeServer(self._store, self._workers, policy, peer, self._clock, self._stallSeconds, self._builds)
         self._running.add(server)
         server.ended.addCallback(lambda _: self._running.discard(server))
         return server

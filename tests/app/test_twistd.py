@@ -12,7 +12,7 @@ import pytest
 from twisted.python import usage
 
 from nixserve.app.service import Options, ServeService, makeService
-from nixserve.app.settings import ServiceSettings
+from nixserve.app.settings import CONFIG_KEYS, ServiceSettings
 from tests.app.appsupport import Relay, refused, waitUntil
 
 RUNNERS = [("twistd", "-n", "--pidfile="), ("twist",)]
@@ -33,7 +33,7 @@ def test_help(box, start):
     """The help names every option and stays within the width of a terminal."""
     done = start("--help")
     assert done.returncode == 0
-    for option in ("config", "store", "state", "listen", "authorized-keys", "host-key", "default-rights", "socket"):
+    for option in ("config", *CONFIG_KEYS):
         assert f"--{option}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
@@ -56,6 +56,8 @@ def test_unknownOption(start):
         ("store = [", "is no TOML"),
         ("colour = 'red'", "unknown key 'colour'; the keys are store, state"),
         ("store = 1", "the value of 'store' must be a string"),
+        ("max-jobs = -1", "the value of 'max-jobs' is '-1'; it must be a number, 0 or more"),
+        ("sandbox = 'yes'", "the value of 'sandbox' is 'yes'; it must be auto, on or off"),
         ("default-rights = 'fly'", "unknown right 'fly'; the rights are read, write, build, trust"),
         ("default-rights = 'write'", "cannot be given apart"),
         ("store = 'ssh://elsewhere'", "cannot open store 'ssh://elsewhere'"),

@@ -290,8 +290,8 @@ def test_rootsLastAsLongAsTheSession():
         wire(8, path("a.drv"), [("out", ZEROS, "", "")], [], "", "", [], [], 0, 0, 0, 0, 0, 0),
     ],
 )
-def test_buildsAreNotThereYet(body):
-    """A build is refused with what to do instead."""
+def test_nobodyBuilds(body):
+    """A server that is told to build nothing refuses builds with what to do instead."""
     session = Session().send(HELLO + body)
     assert "does not build" in session.errors and session.errors.count("\n") == 1
     session.ended(1, session.errors)

@@ -1,0 +1,455 @@
+"""
+Builds, from the reactor's side: which of them run, who waits for them, and where their logs go.
+
+There are as many running builds as C{maxJobs} says, over all clients, each with a thread of its own. The rest wait:
+clients, told apart by their keys, take turns, so that one that asks for a thousand builds does not keep another
+waiting for its one. Who asks for a build that is under way already gets that one, with its log from the start.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredQueue, gatherResults, succeed
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
+
+from nixserve.builder.local import LocalBuilder, PreparedBuild
+from nixserve.builder.plan import BuildPlan, PlannedBuild, PlanStore
+from nixserve.builder.process import CancelToken
+from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.codec.derivation import BasicDerivation
+from nixserve.codec.serve import BuildOptions, BuildPathsResult
+from nixserve.codec.storepath import StorePath
+from nixserve.errors import NixServeError
+from nixserve.protocol.buildlog import BuildLog, Listener
+from nixserve.protocol.interfaces import IWorkers
+from nixserve.protocol.workers import Door
+from nixserve.store.api import Busy
+from nixserve.store.local import LocalSession, LocalStore
+
+__all__ = ["BuildClient", "Builds"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BuildClient:
+    """
+    Somebody who waits for builds.
+
+    @ivar name: whose turns the builds use up: one name, one queue.
+    @ivar listener: takes whole lines of logs.
+    @ivar door: the way to C{session}.
+    @ivar session: the client's own. What is built or found there for it stays there for as long as that is open.
+    @ivar mustSandbox: rather fail than build outside the sandbox.
+    """
+
+    name: str
+    listener: Listener
+    door: Door
+    session: PlanStore
+    mustSandbox: bool = False
+
+    def keep(self, paths: Collection[StorePath]) -> Deferred[None]:
+        """Make paths roots of the client's own session."""
+        return self.door.call(self.session.addTempRoots, paths)
+
+
+class _Build:
+    """
+    One build, from the first client's wish to the result.
+
+    @ivar client: who asked first.
+    @ivar waiting: who waits for the result.
+    @ivar session: keeps what it needs and makes from the garbage collector.
+    @ivar step: what it waits for before it runs.
+    @ivar turn: fires when it gets a slot. C{None} unless it stands in a queue.
+    @ivar hasSlot: it counts as running.
+    @ivar prepared: what is to be run. It holds the locks of the outputs.
+    @ivar joinable: whoever wishes the same may still join.
+    """
+
+    def __init__(
+        self,
+        drvPath: StorePath,
+        drv: BasicDerivation,
+        options: BuildOptions,
+        client: BuildClient,
+        reactor: Any,
+    ) -> None:
+        self.drvPath = drvPath
+        self.drv = drv
+        self.options = options
+        self.client = client
+        self.log = BuildLog(reactor)
+        self.token = CancelToken()
+        self.waiting: dict[Deferred[BuildResult], BuildClient] = {}
+        self.session: LocalSession | None = None
+        self.step: Deferred[Any] | None = None
+        self.turn: Deferred[None] | None = None
+        self.hasSlot = False
+        self.prepared: PreparedBuild | None = None
+        self.joinable = True
+        self.ended: Deferred[None] = Deferred()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two wishes the same build."""
+        return (self.drvPath, self.drv, self.options, self.client.mustSandbox)
+
+    def tell(self, line: str) -> None:
+        """A line of ours for everybody who waits."""
+        for client in list(self.waiting.values()):
+            client.listener(line.encode("utf-8", "replace") + b"\n")
+
+    async def wait(self, step: Deferred[T]) -> T:
+        """Wait for something that is given up when nobody wants the build any more."""
+        if self.token.cancelled:
+            step.cancel()
+        self.step = step
+        try:
+            return await step
+        finally:
+            self.step = None
+
+    def cancel(self) -> None:
+        """
+        Nobody wants it any more, or nobody shall have it. What it holds is freed by whoever performs it.
+        """
+        self.joinable = False
+        self.token.cancel()
+        if self.step is not None:
+            self.step.cancel()
+
+
+class Builds:
+    """
+    All builds on one store.
+
+    @ivar maxJobs: how many may run at once.
+    """
+
+    log = Logger()
+
+    def __init__(self, store: LocalStore, builder: LocalBuilder, workers: IWorkers, reactor: Any, maxJobs: int) -> None:
+        self.maxJobs = maxJobs
+        self._store = store
+        self._builder = builder
+        self._workers = workers
+        self._reactor = reactor
+        self._threads = ThreadPool(0, max(1, maxJobs), "nixserve-build")
+        self._builds: list[_Build] = []
+        self._queues: OrderedDict[str, deque[_Build]] = OrderedDict()
+        self._running = 0
+        self._stopping = False
+
+    def start(self) -> None:
+        """Begin to take builds."""
+        self._threads.start()
+
+    def stop(self) -> Deferred[None]:
+        """
+        Cancel every build, and take no more.
+
+        @return: fires when all have ended and freed what they held. Then the threads end.
+        """
+        self._stopping = True
+        ended = [_whenFired(build.ended) for build in self._builds]
+        for build in list(self._builds):
+            build.cancel()
+        return gatherResults(ended).addCallback(lambda _: self._threads.stop())
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many builds are running, and how many wait for their turn."""
+        return self._running, sum(build.turn is not None for build in self._builds)
+
+    def build(
+        self,
+        drvPath: StorePath,
+        drv: BasicDerivation,
+        options: BuildOptions,
+        client: BuildClient,
+    ) -> Deferred[BuildResult]:
+        """
+        Build, or join the same build that is under way.
+
+        @return: what came of it. Cancelling leaves; a build that nobody waits for any more is killed.
+        """
+        if self._stopping:
+            return succeed(_STOPPED)
+        wish = _Build(drvPath, drv, options, client, self._reactor)
+        build = next((running for running in self._builds if running.joinable and running.key == wish.key), wish)
+        result: Deferred[BuildResult] = Deferred(lambda _: self._leave(build, result))
+        build.waiting[result] = client
+        build.log.listen(client.listener)
+        if build is wish:
+            self._builds.append(build)
+            performing = Deferred.fromCoroutine(self._perform(build))
+            performing.addErrback(self._failed, build)
+            performing.addCallback(self._finish, build)
+        elif build.turn is not None:
+            # Whoever asked first may have many others before it.
+            self._enqueue(build, client)
+        return result
+
+    async def buildPaths(self, targets: Sequence[str], options: BuildOptions, client: BuildClient) -> BuildPathsResult:
+        """
+        Build derivations that are in the store, and what they need.
+
+        @param targets: as L{nixserve.codec.messages.BuildPaths} has them.
+        @raise nixserve.errors.FormatError: one of them is not in the store directory.
+        """
+        plan = await client.door.call(BuildPlan, client.session, targets)
+        try:
+            result = await self._carryOut(plan, options, client)
+        except (NixServeError, OSError) as error:
+            self.log.warn("cannot build {targets}: {error}", targets=targets, error=error)
+            result = BuildPathsResult(1, f"error: {_explain(error)}")
+        _tellMessages(plan, client)
+        return result
+
+    async def _carryOut(self, plan: BuildPlan, options: BuildOptions, client: BuildClient) -> BuildPathsResult:
+        running: dict[StorePath, Deferred[None]] = {}
+        ended: DeferredQueue[tuple[StorePath, BuildResult]] = DeferredQueue()
+
+        def start(planned: PlannedBuild) -> None:
+            building = self.build(planned.drvPath, planned.drv, options, client)
+            running[planned.drvPath] = building.addCallbacks(
+                lambda result: ended.put((planned.drvPath, result)),
+                lambda failure: failure.trap(CancelledError) and None,
+            )
+
+        try:
+            while True:
+                # More could not run, and each holds open files.
+                planned = await client.door.call(plan.next, max(1, self.maxJobs) - len(running))
+                _tellMessages(plan, client)
+                for build in planned:
+                    start(build)
+                if plan.over or not running:
+                    return await client.door.call(plan.result)
+                drvPath, result = await ended.get()
+                del running[drvPath]
+                await client.door.call(plan.finished, drvPath, result)
+        finally:
+            for building in running.values():
+                building.cancel()
+
+    async def _perform(self, build: _Build) -> BuildResult:
+        """Everything between the wish and the result."""
+        door = Door(self._workers, lambda what: build.tell(f"waiting for {what}..."))
+        try:
+            result = await self._ready(build, door)
+            if result is None:
+                result = await deferToThreadPool(self._reactor, self._threads, self._run, build)
+            self._freeSlot(build)
+            # Whoever came from here on would not be given the outputs to keep.
+            build.joinable = False
+            await self._handOver(build, result)
+            return result
+        finally:
+            build.joinable = False
+            self._freeSlot(build)
+            # Nothing cancels this, and what came of the build stands whatever happens here.
+            releasing = door.call(self._release, build)
+            releasing.addErrback(lambda f: self.log.failure("freeing what {drv} held", f, drv=build.drvPath))
+            await releasing
+
+    async def _ready(self, build: _Build, door: Door) -> BuildResult | None:
+        """
+        Wait until the build has both the locks of its outputs and a slot. While it waits for the one it does not hold
+        the other, as in Nix (2.8, src/libstore/build/derivation-goal.cc: C{tryToBuild}): a build that runs may need a
+        path that one in the queue would have locked.
+
+        @return: the result, if there is nothing to run.
+        """
+        told = False
+        while True:
+            result = await build.wait(door.call(self._prepare, build))
+            if result is not None:
+                return result
+            if self._running < self.maxJobs:
+                self._takeSlot(build)
+                return None
+            await build.wait(door.call(self._unprepare, build))
+            await build.wait(self._turn(build, not told))
+            told = True
+            result = await build.wait(door.call(self._prepareNow, build))
+            if result is not None or build.prepared is not None:
+                return result
+            self._freeSlot(build)
+
+    async def _handOver(self, build: _Build, result: BuildResult) -> None:
+        """
+        Let everybody who waits keep what was built, before the build lets go of it, and answer each who has: one whose
+        session is busy keeps nobody else waiting.
+        """
+        build.log.deliver()
+        outputs = [realisation.outPath for realisation in result.builtOutputs.values()]
+        if outputs:
+            # Who cannot is gone, and hears of it elsewhere.
+            waiting = list(build.waiting.items())
+            answers = [
+                client.keep(outputs).addCallback(partial(self._answer, build, d, result)) for d, client in waiting
+            ]
+            await DeferredList(answers, consumeErrors=True)
+
+    # --- in threads -----------------------------------------------------------------------------------------
+
+    def _prepare(self, build: _Build) -> BuildResult | None:
+        """
+        In a worker. What is ready to run is kept in the build: L{_release} must find it whatever happens.
+
+        @return: the result, if there is nothing to run.
+        @raise Busy: call again.
+        """
+        if build.session is None:
+            build.session = self._store.openSession()
+        options, mustSandbox = build.options, build.client.mustSandbox
+        prepared = self._builder.prepare(build.session, build.drvPath, build.drv, options, mustSandbox)
+        if isinstance(prepared, BuildResult):
+            return prepared
+        build.prepared = prepared
+        return None
+
+    def _prepareNow(self, build: _Build) -> BuildResult | None:
+        """In a worker: as L{_prepare}, but who is busy is not waited for."""
+        try:
+            return self._prepare(build)
+        except Busy:
+            return None
+
+    def _unprepare(self, build: _Build) -> None:
+        """In a worker."""
+        prepared, build.prepared = build.prepared, None
+        if prepared is not None:
+            prepared.abandon()
+
+    def _run(self, build: _Build) -> BuildResult:
+        """In the build's own thread."""
+        prepared, build.prepared = build.prepared, None
+        assert prepared is not None, "it has been prepared"
+        return prepared.run(build.log.feed, build.token)
+
+    def _release(self, build: _Build) -> None:
+        """In a worker, after everything else."""
+        try:
+            self._unprepare(build)
+        finally:
+            if build.session is not None:
+                build.session.close()
+
+    # --- slots and turns ------------------------------------------------------------------------------------
+
+    def _takeSlot(self, build: _Build) -> None:
+        self._running += 1
+        build.hasSlot = True
+
+    def _freeSlot(self, build: _Build) -> None:
+        """Let another one run, if this one counts."""
+        if build.hasSlot:
+            build.hasSlot = False
+            self._running -= 1
+            self._nextTurn()
+
+    def _turn(self, build: _Build, tell: bool) -> Deferred[None]:
+        """
+        Queue.
+
+        @return: fires when the build has a slot. Cancelling leaves the queue.
+        """
+        _, before = self.counts
+        turn = build.turn = Deferred(lambda _: self._dequeue(build))
+        for client in build.waiting.values():
+            self._enqueue(build, client)
+        self._nextTurn()
+        if tell and build.turn is not None:
+            build.tell(f"waiting for a free build slot: {self._running} builds are running, {before} wait before this")
+        return turn
+
+    def _enqueue(self, build: _Build, client: BuildClient) -> None:
+        queue = self._queues.setdefault(client.name, deque())
+        if build not in queue:
+            queue.append(build)
+
+    def _dequeue(self, build: _Build) -> None:
+        build.turn = None
+        for name, queue in list(self._queues.items()):
+            if build in queue:
+                queue.remove(build)
+            if not queue:
+                del self._queues[name]
+
+    def _nextTurn(self) -> None:
+        """Start what may start: of each client's queue its first, then on to the next client."""
+        while self._running < self.maxJobs and self._queues:
+            name, queue = next(iter(self._queues.items()))
+            self._queues.move_to_end(name)
+            build = queue[0]
+            turn = build.turn
+            assert turn is not None, "what is in a queue waits"
+            self._dequeue(build)
+            self._takeSlot(build)
+            turn.callback(None)
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def _leave(self, build: _Build, result: Deferred[BuildResult]) -> None:
+        build.log.leave(build.waiting.pop(result).listener)
+        if not build.waiting:
+            build.cancel()
+
+    def _failed(self, failure: Failure, build: _Build) -> BuildResult:
+        """What went wrong around a build rather than in it."""
+        error = failure.value
+        if build.token.cancelled and isinstance(error, CancelledError):
+            self.log.info("the build of {drv} was cancelled", drv=build.drvPath)
+            return _STOPPED
+        if isinstance(error, NixServeError | OSError):
+            self.log.warn("cannot build {drv}: {error}", drv=build.drvPath, error=error)
+            return BuildResult(BuildStatus.MISC_FAILURE, _explain(error))
+        self.log.failure("a bug in the build of {drv}", failure, drv=build.drvPath)
+        return BuildResult(BuildStatus.MISC_FAILURE, "internal error; the log of the server has more")
+
+    def _finish(self, result: BuildResult, build: _Build) -> None:
+        build.log.deliver()
+        self._builds.remove(build)
+        # Whoever hears of it may make others leave.
+        while build.waiting:
+            self._answer(build, next(iter(build.waiting)), result)
+        build.ended.callback(None)
+
+    def _answer(self, build: _Build, waiting: Deferred[BuildResult], result: BuildResult, _: None = None) -> None:
+        """Give one of those who wait the result, unless it has left."""
+        client = build.waiting.pop(waiting, None)
+        if client is not None:
+            build.log.leave(client.listener)
+            waiting.callback(result)
+
+
+_STOPPED = BuildResult(BuildStatus.MISC_FAILURE, "the server is being stopped; try again later")
+
+
+def _tellMessages(plan: BuildPlan, client: BuildClient) -> None:
+    if messages := plan.takeMessages():
+        client.listener("".join(f"{message}\n" for message in messages).encode("utf-8", "replace"))
+
+
+def _explain(error: BaseException) -> str:
+    """What a client is told of an error. The paths of the server's own files are nothing for it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _whenFired(deferred: Deferred[None]) -> Deferred[None]:
+    """Another Deferred that fires with it."""
+    other: Deferred[None] = Deferred()
+    deferred.addCallback(lambda _: other.callback(None))
+    return other

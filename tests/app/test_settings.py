@@ -1,0 +1,129 @@
+"""
+What options and the configuration file become.
+"""
+
+import os
+
+import pytest
+from twisted.python import usage
+
+from nixserve.app import service as servicemodule
+from nixserve.app.service import Options, ServeService
+from nixserve.app.settings import ServiceSettings, readConfig
+from nixserve.builder.settings import BuildSettings, SandboxMode
+from nixserve.errors import UsageError
+
+
+def parse(tmp_path, *words, config=None):
+    """The settings that a command line gives, with a configuration file."""
+    arguments = ["--state", str(tmp_path), *words]
+    if config is not None:
+        (tmp_path / "config.toml").write_text(config)
+        arguments += ["--config", str(tmp_path / "config.toml")]
+    options = Options()
+    options.parseOptions(arguments)
+    return options.settings
+
+
+class TestBuilding:
+    """The options about building."""
+
+    def test_defaults(self, tmp_path):
+        """As many builds as processors, everything else as Nix has it."""
+        settings = parse(tmp_path)
+        assert settings.maxJobs == len(os.sched_getaffinity(0))
+        assert settings.builds == BuildSettings()
+        assert settings.builds.sandbox is SandboxMode.AUTO and settings.builds.cores == 0
+
+    def test_commandLine(self, tmp_path):
+        """Each option arrives."""
+        settings = parse(
+            tmp_path, "--max-jobs", "7", "--cores", "3", "--sandbox", "on", "--system-features", "kvm,big-parallel"
+        )
+        assert (settings.maxJobs, settings.builds.cores, settings.builds.sandbox) == (7, 3, SandboxMode.ON)
+        assert settings.builds.systemFeatures == {"kvm", "big-parallel"}
+
+    @pytest.mark.parametrize(
+        ("config", "features"),
+        [
+            ("max-jobs = 7\ncores = 3\nsandbox = 'off'\nsystem-features = ['kvm', 'x y']", {"kvm", "x y"}),
+            ("max-jobs = '7'\ncores = '3'\nsandbox = 'off'\nsystem-features = 'kvm x'", {"kvm", "x"}),
+            ("max-jobs = 7\ncores = 3\nsandbox = 'off'\nsystem-features = []", set()),
+        ],
+    )
+    def test_config(self, tmp_path, config, features):
+        """A file may have numbers and lists, or the words of the command line."""
+        settings = parse(tmp_path, config=config)
+        assert (settings.maxJobs, settings.builds.cores, settings.builds.sandbox) == (7, 3, SandboxMode.OFF)
+        assert settings.builds.systemFeatures == features
+
+    @pytest.mark.parametrize("config", [None, "max-jobs = 3"])
+    def test_noBuilds(self, tmp_path, config):
+        """0 jobs is a value; the command line wins over the file."""
+        assert parse(tmp_path, "--max-jobs", "0", config=config).maxJobs == 0
+        assert parse(tmp_path, config="max-jobs = 0").maxJobs == 0
+
+    @pytest.mark.parametrize(
+        ("words", "complaint"),
+        [
+            (["--max-jobs", "many"], "the value of 'max-jobs' is 'many'; it must be a number, 0 or more"),
+            (["--max-jobs", "-1"], "the value of 'max-jobs' is '-1'"),
+            (["--cores", "1.5"], "the value of 'cores' is '1.5'"),
+            (["--sandbox", "maybe"], "the value of 'sandbox' is 'maybe'; it must be auto, on or off"),
+        ],
+    )
+    def test_mistakes(self, tmp_path, words, complaint):
+        """What cannot be is refused before anything starts."""
+        with pytest.raises(usage.UsageError) as caught:
+            parse(tmp_path, *words)
+        assert complaint in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("config", "complaint"),
+        [
+            ("max-jobs = true", "the value of 'max-jobs' must be a number"),
+            ("cores = 1.5", "the value of 'cores' must be a number"),
+            ("sandbox = true", "the value of 'sandbox' must be a string"),
+            ("system-features = [1]", "the value of 'system-features' must be a string"),
+        ],
+    )
+    def test_configTypes(self, tmp_path, config, complaint):
+        """The wrong type is named."""
+        (tmp_path / "config.toml").write_text(config)
+        with pytest.raises(UsageError) as caught:
+            readConfig(str(tmp_path / "config.toml"))
+        assert complaint in str(caught.value)
+
+
+class TestStartBuilds:
+    """What the service makes of the options about building."""
+
+    def start(self, tmp_path, **given):
+        """Builds, stopped again."""
+        settings = ServiceSettings.complete({"state": str(tmp_path), **given}, {})
+        builds = ServeService(settings, None, {})._startBuilds(None, None)
+        if builds is not None:
+            builds.stop()
+        return builds
+
+    def test_noBuilds(self, tmp_path):
+        """Without jobs there is nobody who builds."""
+        assert self.start(tmp_path, **{"max-jobs": 0}) is None
+
+    def test_maxJobs(self, tmp_path, monkeypatch):
+        """The number arrives."""
+        monkeypatch.setattr(servicemodule, "sandboxProblem", lambda: "")
+        assert self.start(tmp_path, **{"max-jobs": 5}).maxJobs == 5
+
+    def test_sandboxOn(self, tmp_path, monkeypatch):
+        """Builds that are to be confined and cannot be keep the service from starting, with the reason."""
+        monkeypatch.setattr(servicemodule, "sandboxProblem", lambda: "no namespaces")
+        with pytest.raises(UsageError) as caught:
+            self.start(tmp_path, sandbox="on")
+        assert str(caught.value) == "builds cannot be confined, as --sandbox on demands: no namespaces"
+
+    @pytest.mark.parametrize("mode", ["auto", "off"])
+    def test_sandboxNotOn(self, tmp_path, monkeypatch, mode):
+        """Else it starts."""
+        monkeypatch.setattr(servicemodule, "sandboxProblem", lambda: "no namespaces")
+        assert self.start(tmp_path, sandbox=mode) is not None

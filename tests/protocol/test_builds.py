@@ -1,0 +1,635 @@
+"""Who builds when, who hears of it, and that nothing is left behind whoever leaves and whenever."""
+
+import dataclasses
+import random
+import threading
+
+import pytest
+from twisted.internet.defer import CancelledError
+from twisted.logger import globalLogPublisher
+
+from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.codec.serve import BuildOptions
+from nixserve.errors import StoreError
+from nixserve.protocol.buildlog import MAX_KEPT_LOG, MAX_PENDING_LOG, BuildLog
+from nixserve.store.api import Busy
+from tests.protocol.buildfakes import Reactor, World, built, outputOf, pathOf
+
+
+@pytest.fixture(autouse=True)
+def logged():
+    """The events of one test."""
+    events = []
+    globalLogPublisher.addObserver(events.append)
+    yield events
+    globalLogPublisher.removeObserver(events.append)
+    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
+
+
+def bugs(events):
+    """What was logged as one."""
+    return [event for event in events if "bug" in str(event.get("log_format"))]
+
+
+# --- slots and turns ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maxJobs", [1, 3])
+def test_maxJobs(maxJobs):
+    """No more than so many run at once, over all clients; each that ends makes room for one."""
+    world = World(maxJobs)
+    clients = [world.client(f"client{number}").build(*(f"{number}-{job}" for job in range(3))) for number in range(3)]
+    for left in range(9, 0, -1):
+        world.settle()
+        assert len(world.running) == min(maxJobs, left)
+        assert world.builds.counts == (min(maxJobs, left), max(0, left - maxJobs))
+        world.threads.finish()
+    world.settle().clean()
+    assert all(len(client.results) == 3 for client in clients)
+    assert {result for client in clients for result in client.results} == {
+        f"{a}-{b}" for a in range(3) for b in range(3)
+    }
+
+
+def test_turns():
+    """Clients take turns whatever their numbers of builds; each one's own come in order."""
+    world = World()
+    world.client("many").build("m1", "m2", "m3", "m4")
+    world.client("few").build("f1")
+    world.client("two").build("t1", "t2")
+    order = []
+    while world.settle().running:
+        order += world.running
+        world.threads.finish()
+    assert order == ["m1", "m2", "f1", "t1", "m3", "t2", "m4"]
+    world.clean()
+
+
+def test_sameNameIsOneQueue():
+    """Two sessions of one key share its turns."""
+    world = World()
+    for count, name in enumerate(("key", "key", "other")):
+        world.client(name).build(f"{count}a", f"{count}b")
+        world.settle()
+    order = []
+    while world.settle().running:
+        order += world.running
+        world.threads.finish()
+    assert order == ["0a", "0b", "2a", "1a", "2b", "1b"]
+
+
+def test_toldThePlace():
+    """Who has to wait is told once how many run and wait before; who has not, nothing."""
+    world = World(2)
+    first = world.client("a").build("x", "y")
+    world.settle()
+    second = world.client("b").build("z")
+    world.settle()
+    third = world.client("c").build("w")
+    world.settle()
+    line = "waiting for a free build slot: 2 builds are running, {} wait before this\n"
+    assert (first.log, second.log, third.log) == (b"", line.format(0).encode(), line.format(1).encode())
+    world.finish("x", "y", "z", "w").clean()
+    assert second.log == line.format(0).encode()
+
+
+def test_nothingToBuildWaitsForNoSlot():
+    """What is valid already is answered at once, whatever runs."""
+    world = World()
+    world.builder.early[pathOf("there")] = valid = BuildResult(BuildStatus.ALREADY_VALID)
+    world.client("a").build("x")
+    client = world.client("b").build("there")
+    world.settle()
+    assert client.results == {"there": valid}
+    world.finish("x").clean()
+
+
+def test_noLocksInTheQueue():
+    """What waits for a slot holds no lock: what runs might need it, and others could build it meanwhile."""
+    world = World()
+    world.client("a").build("x", "y")
+    world.settle()
+    assert world.builder.locks == {pathOf("x")}
+    world.finish("x")
+    assert world.builder.locks == {pathOf("y")}
+    world.finish("y").clean()
+
+
+def test_builtByOthersInTheQueue():
+    """What somebody else has built when the turn comes is not built again."""
+    world = World()
+    client = world.client("a").build("x", "y")
+    world.settle()
+    world.builder.early[pathOf("y")] = valid = BuildResult(BuildStatus.ALREADY_VALID)
+    world.finish("x")
+    assert client.results["y"] is valid
+    assert world.builder.ran == [pathOf("x")]
+    world.clean()
+
+
+def test_lockedWhenTheTurnComes():
+    """A build that somebody else is at when its turn comes gives the slot to the next, and comes back."""
+    world = World()
+    client = world.client("a").build("x", "y", "z")
+    world.settle()
+    world.builder.busy[pathOf("y")] = 3
+    world.finish("x", "z", "y").clean()
+    assert world.builder.ran == [pathOf("x"), pathOf("z"), pathOf("y")]
+    assert client.log.count(b"waiting for a free build slot") == 2
+
+
+def test_busyHoldsNoSlot():
+    """A build whose outputs somebody else has locked waits without a slot, and says so once."""
+    world = World()
+    world.builder.busy[pathOf("x")] = 20
+    client = world.client("a").build("x")
+    for _ in range(20):
+        world.step()
+    other = world.client("b").build("y")
+    while not world.running:
+        world.step(False)
+    assert world.running == ["y"]
+    world.settle()
+    assert client.log.count(b"waiting for the lock on it...\n") == 1
+    world.finish("y", "x").clean()
+    assert other.results["y"] == built("y")
+
+
+# --- joining ------------------------------------------------------------------------------------------------
+
+
+def feed(world, text, build=0):
+    """A builder writes, and the reactor hears of it."""
+    world.threads.running[build].log.feed(text)
+    world.settle()
+
+
+def test_join():
+    """The second client gets the log from its start, the rest with the first, and the same result; one build runs."""
+    world = World(4)
+    first = world.client("a").build("x")
+    world.settle()
+    feed(world, b"one\n")
+    second = world.client("b").build("x")
+    assert second.log == b"one\n"
+    feed(world, b"two\n")
+    world.finish("x").clean()
+    assert first.log == second.log == b"one\ntwo\n"
+    assert first.results["x"] is second.results["x"]
+    assert world.builder.ran == [pathOf("x")]
+
+
+def test_lastLinesBeforeTheResult():
+    """What the builder wrote last is there when the result is."""
+    world = World()
+    client = world.client("a").build("x")
+    world.settle()
+    build = world.threads.running[0]
+    seen = []
+    client.waiting["x"].addBoth(lambda _: seen.append(client.log))
+    build.log.feed(b"bye\n")
+    world.reactor.calls.clear()
+    world.finish("x")
+    assert seen == [b"bye\n"]
+
+
+@pytest.mark.parametrize("difference", ["options", "sandbox"])
+def test_notTheSame(difference):
+    """Other limits or another sandbox are another build. They do not run at once: the outputs are locked."""
+    world = World(4)
+    world.client("a").build("x")
+    world.settle()
+    other = world.client("b", mustSandbox=difference == "sandbox")
+    other.build("x", options=BuildOptions(maxSilentTime=5) if difference == "options" else BuildOptions())
+    for _ in range(10):
+        world.step(False)
+    assert world.running == ["x"]
+    world.threads.finish()
+    world.settle(builds=True).clean()
+    assert len(world.builder.ran) == 2
+    assert world.builder.mustSandbox[pathOf("x")] is (difference == "sandbox")
+
+
+def test_joinedInTheQueue():
+    """Who joins a build at the end of somebody's long queue waits for their own turn only."""
+    world = World()
+    world.client("many").build("m1", "m2", "m3", "m4", "shared")
+    world.settle()
+    client = world.client("few").build("shared")
+    world.settle()
+    assert world.builds.counts == (1, 4)
+    world.finish("m1", "m2", "shared")
+    assert client.results["shared"] == built("shared")
+    world.finish("m3", "m4").clean()
+
+
+def test_longLog():
+    """Who comes late to a long log gets its beginning and is told how much is missing, in the right place."""
+    reactor = Reactor()
+    log = BuildLog(reactor)
+    line = b"x" * 1023 + b"\n"
+    for _ in range(MAX_KEPT_LOG // 1024 + 10):
+        log.feed(line)
+        reactor.turn()
+    log.feed(b"short\n")
+    reactor.turn()
+    seen = []
+    log.listen(seen.append)
+    text = b"".join(seen)
+    assert text.startswith(line * (MAX_KEPT_LOG // 1024))
+    notice = text[MAX_KEPT_LOG:]
+    assert notice == b"[11 lines of this log were dropped here; the log on the build machine has them]\n"
+    log.feed(b"live\n")
+    reactor.turn()
+    assert seen[-1] == b"live\n"
+
+
+def test_fastLog():
+    """What comes faster than the reactor turns is bounded; the gap is where the notice is, and nothing is behind it."""
+    reactor = Reactor()
+    log = BuildLog(reactor)
+    seen = []
+    log.listen(seen.append)
+    line = b"y" * 1023 + b"\n"
+    for _ in range(MAX_PENDING_LOG // 1024 + 7):
+        log.feed(line)
+    log.feed(b"small\n")
+    assert len(reactor.calls) == 1 and log._pendingSize <= MAX_PENDING_LOG
+    reactor.turn()
+    assert b"".join(seen) == line * (MAX_PENDING_LOG // 1024) + (
+        b"[8 lines of this log were dropped here; the log on the build machine has them]\n"
+    )
+    log.feed(b"again\n")
+    reactor.turn()
+    assert seen[-1] == b"again\n"
+
+
+def test_largePiece():
+    """One piece larger than the buffer passes: it is the builder's side that bounds it."""
+    reactor = Reactor()
+    log = BuildLog(reactor)
+    seen = []
+    log.listen(seen.append)
+    log.feed(b"z" * 2 * MAX_PENDING_LOG + b"\n")
+    reactor.turn()
+    assert len(b"".join(seen)) == 2 * MAX_PENDING_LOG + 1
+
+
+def test_logFromThreads():
+    """Lines that are fed while others are delivered are lost only with a notice."""
+    reactor = Reactor()
+    log = BuildLog(reactor)
+    seen = []
+    log.listen(seen.append)
+    feeder = threading.Thread(target=lambda: [log.feed(b"%d\n" % number) for number in range(20_000)])
+    feeder.start()
+    while feeder.is_alive() or reactor.calls:
+        if reactor.calls:
+            reactor.turn()
+    lines = b"".join(seen).splitlines()
+    dropped = sum(int(line.split()[0][1:]) for line in lines if line.startswith(b"["))
+    numbers = [int(line) for line in lines if not line.startswith(b"[")]
+    assert numbers == sorted(set(numbers)) and len(numbers) + dropped == 20_000
+
+
+# --- leaving ------------------------------------------------------------------------------------------------
+
+
+def test_leaveRunning():
+    """A running build that nobody waits for is told to stop; when it has, the next one begins."""
+    world = World()
+    client = world.client("a").build("x")
+    other = world.client("b").build("y")
+    world.settle()
+    build = world.threads.running[0]
+    client.leave()
+    assert client.results["x"].check(CancelledError)
+    assert build.token.cancelled and world.running == ["x"]
+    world.finish("x", "y").clean()
+    assert other.results["y"] == built("y")
+
+
+def test_leaveQueued():
+    """One that waits for its turn is out of the queue at once, and frees what it held."""
+    world = World()
+    world.client("a").build("x")
+    client = world.client("b").build("y")
+    world.settle()
+    client.leave()
+    assert world.builds.counts == (1, 0)
+    world.settle()
+    world.finish("x").clean()
+    assert world.builder.ran == [pathOf("x")]
+
+
+def test_leaveBusy():
+    """One that waits for somebody else's lock gives up."""
+    world = World()
+    world.builder.busy[pathOf("x")] = 1 << 60
+    client = world.client("a").build("x")
+    for _ in range(20):
+        world.step()
+    client.leave()
+    world.settle().clean()
+
+
+def test_leaveWhilePreparing():
+    """What is prepared for nobody is given back, though it was ready only afterwards."""
+    world = World()
+    client = world.client("a").build("x")
+    deliver = world.workers.run()
+    assert world.builder.locks
+    client.leave()
+    deliver()
+    world.settle().clean()
+
+
+def test_oneOfTwoLeaves():
+    """A build goes on for the other one, whoever began it, and the one who left hears nothing more."""
+    for leaver in (0, 1):
+        world = World()
+        clients = [world.client("a").build("x"), world.client("b").build("x")]
+        world.settle()
+        clients[leaver].leave()
+        feed(world, b"line\n")
+        assert not world.threads.running[0].token.cancelled
+        world.finish("x").clean()
+        assert clients[leaver].log == b"" and clients[1 - leaver].log == b"line\n"
+        assert clients[1 - leaver].results["x"] == built("x")
+
+
+def test_comeBackToACancelledBuild():
+    """Who asks for what is just being killed does not get its end: it is built again, afterwards."""
+    world = World(2)
+    world.client("a").build("x").leave()
+    world.settle()
+    first = world.client("a").build("x")
+    world.settle()
+    first.leave()
+    second = world.client("a").build("x")
+    world.threads.finish()
+    world.settle(builds=True).clean()
+    assert second.results["x"] == built("x")
+
+
+def test_leaveBecauseOfTheResult():
+    """Somebody's result may make others leave."""
+    world = World()
+    first, second = world.client("a").build("x"), world.client("b").build("x")
+    world.builder.outcomes[pathOf("x")] = BuildResult(BuildStatus.PERMANENT_FAILURE, "no")
+    first.waiting["x"].addBoth(lambda _: second.leave())
+    world.settle().finish("x").clean()
+    assert second.results["x"].check(CancelledError)
+
+
+def test_leaveWhenTold():
+    """Somebody may leave because of what it is told, before the queue is waited for."""
+    world = World()
+    world.client("a").build("x")
+    world.settle()
+    client = world.client("b")
+    client.client = dataclasses.replace(client.client, listener=lambda _: client.leave())
+    client.build("y")
+    world.settle()
+    assert world.builds.counts == (1, 0)
+    world.finish("x").clean()
+    assert world.builder.ran == [pathOf("x")]
+
+
+# --- roots --------------------------------------------------------------------------------------------------
+
+
+def test_outputsAreKept():
+    """Everybody who waits has the outputs as roots before the build's own session lets go of them."""
+    world = World()
+    clients = [world.client("a").build("x"), world.client("b").build("x")]
+    world.settle().finish("x")
+    assert all(client.session.roots == {outputOf("x")} for client in clients)
+    assert world.store.lost == []
+    world.clean()
+
+
+def test_joinTooLate():
+    """Who asks while the outputs are being handed over is not given them unkept."""
+    world = World()
+    world.client("a").build("x")
+    world.settle()
+    world.threads.finish()
+    late = None
+    while world.step(False):
+        if late is None and not world.builds.counts[0]:
+            late = world.client("b").build("x")
+    world.settle(builds=True).clean()
+    assert late.results["x"].success
+    assert late.session.roots == {outputOf("x")}
+
+
+def test_keepingFails():
+    """One client's trouble is not another's: both get the result, the build ends."""
+    world = World()
+    clients = [world.client("a").build("x"), world.client("b").build("x")]
+    world.settle()
+    world.threads.finish()
+    world.step(False)
+    world.store.refusals = [StoreError("no room")]
+    world.settle().clean()
+    assert all(client.results["x"] == built("x") for client in clients)
+
+
+def test_busyClientKeepsNobodyWaiting():
+    """A client whose session waits for a lock gets the result later, the others at once."""
+    world = World()
+    slow, quick = world.client("a").build("x"), world.client("b").build("x")
+    world.settle()
+    held = [True]
+
+    def busy():
+        if held:
+            raise Busy("something")
+
+    slow.door.call(busy)
+    for _ in range(5):
+        world.step(False)
+    world.threads.finish()
+    for _ in range(30):
+        world.step(False)
+    assert quick.results and not slow.results
+    held.clear()
+    world.settle().clean()
+    assert slow.results["x"] == built("x")
+
+
+# --- failures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["early", "outcomes"])
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (StoreError("the disk is full"), "the disk is full"),
+        (OSError(13, "Permission denied", "/secret/place"), "Permission denied"),
+        (ZeroDivisionError("at /secret/place"), "internal error; the log of the server has more"),
+    ],
+)
+def test_errors(where, error, text, logged):
+    """What goes wrong around a build is a result that tells nothing of the server's insides, and the next one runs."""
+    world = World()
+    getattr(world.builder, where)[pathOf("x")] = error
+    clients = [world.client("a").build("x"), world.client("b").build("x", "y")]
+    world.settle(builds=True).clean()
+    assert [client.results["x"] for client in clients] == [BuildResult(BuildStatus.MISC_FAILURE, text)] * 2
+    assert clients[1].results["y"] == built("y")
+    assert len(bugs(logged)) == isinstance(error, ZeroDivisionError)
+
+
+def test_joinAFailure():
+    """Who asks for what has just failed does not get the old failure: it is tried again."""
+    world = World()
+    world.builder.outcomes[pathOf("x")] = StoreError("the disk is full")
+    world.client("a").build("x")
+    world.settle()
+    world.threads.finish()
+    world.reactor.turn()
+    assert world.builds.counts == (0, 0) and world.builds._builds
+    del world.builder.outcomes[pathOf("x")]
+    late = world.client("b").build("x")
+    world.settle(builds=True).clean()
+    assert late.results["x"] == built("x")
+
+
+def test_closingFails(logged):
+    """Trouble with letting go changes nothing about the result, and is logged."""
+    world = World()
+    world.builder.outcomes[pathOf("x")] = failure = BuildResult(BuildStatus.PERMANENT_FAILURE, "no")
+    client = world.client("a").build("x")
+    world.settle()
+    world.store.sessions[-1].close = lambda: 1 // 0
+    world.finish("x")
+    assert client.results["x"] is failure
+    assert world.builds.counts == (0, 0) and not world.builds._builds
+    assert [event for event in logged if event.get("log_format") == "freeing what {drv} held"]
+
+
+# --- the end ------------------------------------------------------------------------------------------------
+
+
+def test_stop(logged):
+    """Everything ends, in whatever state it is; then the threads. Whoever still waits is told."""
+    world = World()
+    world.builder.busy[pathOf("busy")] = 1 << 60
+    client = world.client("a").build("running", "queued", "busy")
+    for _ in range(40):
+        world.step(False)
+    assert world.running == ["running"] and world.builds.counts == (1, 1)
+    done = []
+    world.builds.stop().addCallback(done.append)
+    assert world.threads.running[0].token.cancelled
+    assert not done
+    world.settle(builds=True).clean()
+    assert done == [None] and world.threads.stopped
+    assert len(client.results) == 3
+    assert {result.errorMsg for result in client.results.values()} == {
+        "interrupted by the user",
+        "the server is being stopped; try again later",
+    }
+    late = world.client("b").build("late")
+    assert late.results["late"].status == BuildStatus.MISC_FAILURE
+    assert bugs(logged) == []
+
+
+def test_stopIdle():
+    """Nothing to end."""
+    world = World()
+    done = []
+    world.builds.stop().addCallback(done.append)
+    assert done == [None] and world.threads.stopped
+
+
+# --- races --------------------------------------------------------------------------------------------------
+
+SITUATIONS = ["alone", "queued", "busy", "busyLater", "joined", "failing", "early"]
+
+
+def prepareSituation(world, situation):
+    """
+    One client who waits for "x" in some situation.
+
+    @return: it, and others.
+    """
+    others = []
+    if situation in ("queued", "busyLater"):
+        others.append(world.client("z").build("other"))
+    if situation == "busy":
+        world.builder.busy[pathOf("x")] = 2
+    if situation == "busyLater":
+        world.settle()
+        world.builder.busy[pathOf("x")] = 1
+    if situation == "failing":
+        world.builder.outcomes[pathOf("x")] = ZeroDivisionError()
+    if situation == "early":
+        world.builder.early[pathOf("x")] = BuildResult(BuildStatus.ALREADY_VALID)
+    client = world.client("a").build("x")
+    if situation == "joined":
+        others.append(world.client("b").build("x"))
+    return client, others
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("ending", ["leave", "stop", "leave and stop", "stop and leave"])
+def test_cancelledAnywhere(situation, ending):
+    """
+    Wherever a build is when its client leaves or the server stops: everything is freed once, the others get what they
+    wait for, and the slot goes on.
+    """
+    steps = 0
+    while True:
+        world = World()
+        client, others = prepareSituation(world, situation)
+        more = all(world.step() for _ in range(steps))
+        for word in ending.split(" and "):
+            if word == "leave":
+                client.leave()
+            else:
+                stopped = world.builds.stop()
+            if steps % 2:
+                world.step()
+        after = world.client("c").build("after")
+        world.settle(builds=True).clean()
+        assert client.results and after.results and all(len(other.results) == 1 for other in others)
+        if "stop" not in ending:
+            assert after.results["after"] == built("after")
+            assert all(result.success for other in others for result in other.results.values())
+        else:
+            assert stopped.called and world.threads.stopped
+        if not more:
+            break
+        steps += 1
+    assert steps >= 5
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_anyOrder(seed):
+    """Clients come, join and leave in any order: never too many run, all who stay are answered, nothing is left."""
+    chance = random.Random(seed)
+    world = World(chance.choice([1, 2, 3]))
+    for name in "abcdef":
+        world.builder.busy[pathOf(name)] = chance.choice([0, 0, 0, 1, 3])
+        if chance.random() < 0.15:
+            world.builder.outcomes[pathOf(name)] = chance.choice([ZeroDivisionError(), StoreError("x")])
+    clients = []
+    for _ in range(120):
+        action = chance.random()
+        if action < 0.12:
+            clients.append(world.client(chance.choice("pqr"), chance.random() < 0.1).build(chance.choice("abcdef")))
+        elif action < 0.18 and clients:
+            chance.choice(clients).leave()
+        elif action < 0.22 and world.threads.waiting:
+            world.threads.finish(chance.choice(world.running))
+        else:
+            world.step(builds=chance.random() < 0.1)
+    world.settle(builds=True).clean()
+    assert all(client.results for client in clients)
+    for client in clients:
+        (result,) = client.results.values()
+        if isinstance(result, BuildResult) and result.success:
+            assert {output.outPath for output in result.builtOutputs.values()} <= client.session.roots
