@@ -104,14 +104,16 @@ class Endpoint(Server):
 
     @ivar root: of the store.
     @ivar socket: for relays.
+    @ivar authorized: the file of authorized keys.
     @ivar process: of the server.
     @ivar log: what it has to say.
     """
 
-    def __init__(self, directory, nix, keys, root=None, rights="nix-store --serve --write"):
+    def __init__(self, directory, nix, keys, root=None, rights="nix-store --serve --write", options=()):
         """
         @param root: of the store to serve; one in C{directory} if not given.
         @param rights: the forced command of the user's key.
+        @param options: more of them for the service.
         """
         directory.mkdir()
         self.keys = keys
@@ -120,13 +122,14 @@ class Endpoint(Server):
         self.socket = self.state / "serve.sock"
         self.log = directory / "log"
         self.state.mkdir(mode=0o700)
-        authorized = directory / "authorized_keys"
+        self.authorized = authorized = directory / "authorized_keys"
         authorized.write_text(keys.userLine(f'restrict,command="{rights}"'))
         authorized.chmod(0o600)
         arguments = [
             *(sys.executable, "-c", TWISTD, "--nodaemon", "--pidfile=", "nixserve"),
             *("--listen", "tcp:0:interface=127.0.0.1", "--store", str(self.root), "--state", str(self.state)),
             *("--authorized-keys", str(authorized), "--host-key", str(keys.host)),
+            *options,
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
