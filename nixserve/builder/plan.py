@@ -222,7 +222,7 @@ class BuildPlan:
         return frozenset(self._builds)
 
     def takeMessages(self) -> list[str]:
-        """Lines for the log that were not taken yet: errors of goals that are no targets, and what was resolved."""
+        """Lines for the log that were not taken yet: errors of goals that are no targets."""
         messages, self._messages = self._messages, []
         return messages
 
@@ -414,7 +414,6 @@ class BuildPlan:
         if mustResolve(drv, kinds):
             resolved = resolve(drv, inputs, self._store.storeDir)
             path = self._store.addDerivation(resolved)
-            self._messages.append(f"resolved derivation: '{goal.path}' -> '{path}'")
             return PlannedBuild(path, resolved)
         used = {inputs[path][name] for path, names in drv.inputDrvs.items() for name in names}
         return PlannedBuild(goal.path, basicDerivation(drv, frozenset(self._store.queryClosure(drv.inputSrcs | used))))

@@ -433,7 +433,7 @@ def test_resolution(store):
     # Its outputs are those that follow from the recipe, variables included.
     verifyBasicDerivation(path("user.drv"), second.drv, STORE)
     assert second.drv.env["out"] == second.drv.outputs["out"].path
-    assert plan.takeMessages() == [f"resolved derivation: '{user}' -> '{second.drvPath}'"]
+    assert plan.takeMessages() == []
     plan.finished(second.drvPath, BuildResult(BuildStatus.ALREADY_VALID))
     assert plan.over and plan.result().status == 0
 
