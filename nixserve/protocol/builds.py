@@ -30,7 +30,7 @@ from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError
 from nixserve.protocol.buildlog import BuildLog, Listener
 from nixserve.protocol.interfaces import IWorkers
-from nixserve.protocol.workers import Door
+from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
 
@@ -161,7 +161,7 @@ class Builds:
         @return: fires when all have ended and freed what they held. Then the threads end.
         """
         self._stopping = True
-        ended = [_whenFired(build.ended) for build in self._builds]
+        ended = [whenFired(build.ended) for build in self._builds]
         for build in list(self._builds):
             build.cancel()
         return gatherResults(ended).addCallback(lambda _: self._threads.stop())
@@ -446,10 +446,3 @@ def _tellMessages(plan: BuildPlan, client: BuildClient) -> None:
 def _explain(error: BaseException) -> str:
     """What a client is told of an error. The paths of the server's own files are nothing for it."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def _whenFired(deferred: Deferred[None]) -> Deferred[None]:
-    """Another Deferred that fires with it."""
-    other: Deferred[None] = Deferred()
-    deferred.addCallback(lambda _: other.callback(None))
-    return other

@@ -5,25 +5,25 @@ A client's transport to a child process that speaks the protocol.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from twisted.internet.error import ProcessExitedAlready
-from twisted.internet.interfaces import IAddress, IProcessTransport, IProtocol, IReactorProcess
+from twisted.internet.interfaces import IProcessTransport, IProtocol, IReactorProcess
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IErrorReceiver, IServeTransport
-from nixserve.protocol.stdio import InputStream, OutputStream, StreamAddress
+from nixserve.protocol.stdio import InputStream, OutputStream, StreamPair
 
 __all__ = ["ProcessTransport"]
 
 
 @implementer(IServeTransport)
-class ProcessTransport(ProcessProtocol):
+class ProcessTransport(StreamPair, ProcessProtocol):
     """
     A client's transport to a child process, such as C{ssh HOST nix-store --serve --write}: its protocol's bytes go
     to the child's standard input and come from its standard output.
@@ -36,8 +36,6 @@ class ProcessTransport(ProcessProtocol):
         self._protocol = protocol
         self._reactor = reactor
         self._process: IProcessTransport | None = None
-        self._output: OutputStream | None = None
-        self._input: InputStream | None = None
         self._ended: Failure | None = None
         self._aborted = False
 
@@ -104,49 +102,8 @@ class ProcessTransport(ProcessProtocol):
             self._output.connectionLost(reason)
         self._protocol.connectionLost(reason)
 
-    @property
-    def sent(self) -> int:
-        """See L{IServeTransport}."""
-        return 0 if self._output is None else self._output.sent
-
-    def write(self, data: bytes) -> None:
-        """See L{IServeTransport}."""
-        if self._output is not None:
-            self._output.write(data)
-
-    def writeSequence(self, data: Iterable[bytes]) -> None:
-        """See L{IServeTransport}."""
-        for chunk in data:
-            self.write(chunk)
-
     def writeError(self, data: bytes) -> None:
         """See L{IServeTransport}; a client has nobody to write errors to."""
-
-    def registerProducer(self, producer: Any, streaming: bool) -> None:
-        """See L{IServeTransport}."""
-        if self._output is None:
-            producer.stopProducing()
-        else:
-            self._output.registerProducer(producer, streaming)
-
-    def unregisterProducer(self) -> None:
-        """See L{IServeTransport}."""
-        if self._output is not None:
-            self._output.unregisterProducer()
-
-    def pauseProducing(self) -> None:
-        """See L{IServeTransport}."""
-        if self._input is not None:
-            self._input.stopReading()
-
-    def resumeProducing(self) -> None:
-        """See L{IServeTransport}."""
-        if self._input is not None:
-            self._input.startReading()
-
-    def stopProducing(self) -> None:
-        """See L{IServeTransport}."""
-        self.abortConnection()
 
     def loseConnection(self) -> None:
         """End the child's input; it is to end by itself then."""
@@ -165,11 +122,3 @@ class ProcessTransport(ProcessProtocol):
         if self._process is not None:
             with suppress(ProcessExitedAlready):
                 self._process.signalProcess("TERM")
-
-    def getPeer(self) -> IAddress:
-        """See L{IServeTransport}."""
-        return StreamAddress()
-
-    def getHost(self) -> IAddress:
-        """See L{IServeTransport}."""
-        return StreamAddress()

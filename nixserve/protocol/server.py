@@ -60,7 +60,7 @@ from nixserve.protocol.builds import BuildClient, Builds
 from nixserve.protocol.interfaces import IServeSessions, IServeTransport, IWorkers
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle
-from nixserve.protocol.workers import Door
+from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Store, StoreSession
 
 __all__ = ["ServeServer", "ServeSessions"]
@@ -541,14 +541,7 @@ class ServeSessions:
 
         @return: fires when all have freed what they held.
         """
-        ended = [_whenFired(server.ended) for server in self._running]
+        ended = [whenFired(server.ended) for server in self._running]
         for server in list(self._running):
             server.stop()
         return gatherResults(ended).addCallback(lambda _: None)
-
-
-def _whenFired(deferred: Deferred[None]) -> Deferred[None]:
-    """Another Deferred that fires with it."""
-    other: Deferred[None] = Deferred()
-    deferred.addCallback(lambda _: other.callback(None))
-    return other

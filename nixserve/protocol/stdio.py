@@ -20,7 +20,7 @@ from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IServeTransport
 
-__all__ = ["InputStream", "OutputStream", "StdioTransport", "StreamAddress", "pendingOf"]
+__all__ = ["InputStream", "OutputStream", "StdioTransport", "StreamPair", "pendingOf"]
 
 READ_SIZE = 256 * 1024
 """Bytes read from a pipe at once; Twisted's own reader of pipes takes 8 KiB, which halves the rate of a NAR."""
@@ -130,27 +130,15 @@ def _enlarge(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
 
 
-@implementer(IServeTransport)
-class StdioTransport:
+class StreamPair:
     """
-    The standard streams of this process.
-
-    @ivar exited: fires with the exit status when the session has ended and everything is written.
+    What the transports over two streams have in common: what goes out and what comes in.
     """
 
-    def __init__(self, protocol: IProtocol, reactor: Any, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> None:
-        self.exited: Deferred[int] = Deferred()
-        self._protocol: IProtocol | None = protocol
-        self._reactor = reactor
-        self._status = 1
-        self._exiting = False
-        self._fds = (stdin, stdout, stderr)
-        self._linger: IDelayedCall | None = None
-        self._output: OutputStream | None = OutputStream(reactor, stdout, self._outputLost)
-        self._errors: OutputStream | None = OutputStream(reactor, stderr, self._errorsLost)
-        self._input: InputStream | None = InputStream(reactor, stdin, protocol.dataReceived, self._inputLost)
-        self._input.startReading()
-        protocol.makeConnection(self)
+    _output: OutputStream | None = None
+    _input: InputStream | None = None
+    # Nothing is to be written or read any more.
+    _exiting = False
 
     @property
     def sent(self) -> int:
@@ -166,11 +154,6 @@ class StdioTransport:
         """See L{IServeTransport}."""
         for chunk in data:
             self.write(chunk)
-
-    def writeError(self, data: bytes) -> None:
-        """See L{IServeTransport}."""
-        if self._errors is not None and not self._exiting and pendingOf(self._errors) + len(data) <= MAX_ERROR_BUFFER:
-            self._errors.write(data)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """See L{IServeTransport}."""
@@ -198,6 +181,45 @@ class StdioTransport:
         """See L{IServeTransport}."""
         self.abortConnection()
 
+    def abortConnection(self) -> None:
+        """See L{IServeTransport}."""
+        raise NotImplementedError
+
+    def getPeer(self) -> IAddress:
+        """See L{IServeTransport}."""
+        return StreamAddress()
+
+    def getHost(self) -> IAddress:
+        """See L{IServeTransport}."""
+        return StreamAddress()
+
+
+@implementer(IServeTransport)
+class StdioTransport(StreamPair):
+    """
+    The standard streams of this process.
+
+    @ivar exited: fires with the exit status when the session has ended and everything is written.
+    """
+
+    def __init__(self, protocol: IProtocol, reactor: Any, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> None:
+        self.exited: Deferred[int] = Deferred()
+        self._protocol: IProtocol | None = protocol
+        self._reactor = reactor
+        self._status = 1
+        self._fds = (stdin, stdout, stderr)
+        self._linger: IDelayedCall | None = None
+        self._output = OutputStream(reactor, stdout, self._outputLost)
+        self._errors: OutputStream | None = OutputStream(reactor, stderr, self._errorsLost)
+        self._input = InputStream(reactor, stdin, protocol.dataReceived, self._inputLost)
+        self._input.startReading()
+        protocol.makeConnection(self)
+
+    def writeError(self, data: bytes) -> None:
+        """See L{IServeTransport}."""
+        if self._errors is not None and not self._exiting and pendingOf(self._errors) + len(data) <= MAX_ERROR_BUFFER:
+            self._errors.write(data)
+
     def loseConnection(self) -> None:
         """See L{IServeTransport}."""
         self.exit(1)
@@ -221,14 +243,6 @@ class StdioTransport:
         """See L{IServeTransport}."""
         self._exiting = True
         self._ended(Failure(ConnectionDone()))
-
-    def getPeer(self) -> IAddress:
-        """See L{IServeTransport}."""
-        return StreamAddress()
-
-    def getHost(self) -> IAddress:
-        """See L{IServeTransport}."""
-        return StreamAddress()
 
     def _inputLost(self, reason: Failure) -> None:
         self._input = None

@@ -22,7 +22,7 @@ from zope.interface import implementer
 from nixserve.protocol.interfaces import IWorkers
 from nixserve.store.api import Busy
 
-__all__ = ["Door", "Workers"]
+__all__ = ["Door", "Workers", "whenFired"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -173,3 +173,12 @@ def _pause(waited: float, retryAfter: float) -> float:
     @param retryAfter: what L{Busy} asks for at least.
     """
     return max(retryAfter, min(waited / 2, MAX_RETRY))
+
+
+def whenFired(deferred: Deferred[None]) -> Deferred[None]:
+    """
+    Another Deferred that fires when one does that several wait for, and that may be cancelled without touching it.
+    """
+    other: Deferred[None] = Deferred()
+    deferred.addCallback(lambda _: other.callback(None))
+    return other
