@@ -61,9 +61,10 @@ def asNobody():
         pytest.skip("only root can become another user")
 
     def run(code):
-        # Imports come first: the other user may not be able to read them.
+        # Imports come first, and what imports late: the other user may not be able to read them.
         prologue = (
-            "import importlib.readers, os\n"
+            "import importlib.resources, os\n"
+            "importlib.resources.files('nixserve.store').joinpath('schema.sql').read_text()\n"
             "from nixserve.codec.storepath import StorePath\n"
             "from nixserve.store.layout import StoreDefaults, StoreLayout, parseStoreURI\n"
             "from nixserve.store.local import LocalStore\n"
