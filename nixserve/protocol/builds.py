@@ -266,8 +266,8 @@ class Builds:
     async def _ready(self, build: _Build, door: Door) -> BuildResult | None:
         """
         Wait until the build has both the locks of its outputs and a slot. While it waits for the one it does not hold
-        the other, as in Nix (2.8, src/libstore/build/derivation-goal.cc: C{tryToBuild}): a build that runs may need a
-        path that one in the queue would have locked.
+        the other: a build that runs may need a path that one in the queue would have locked. So does Nix (2.8,
+        src/libstore/build/local-derivation-goal.cc: C{tryLocalBuild}).
 
         @return: the result, if there is nothing to run.
         """

@@ -608,6 +608,35 @@ def test_writerThatStalls(data):
     session.ended(1, "error: nothing has moved for too long in the middle of a request; giving up\n")
 
 
+def halfClosedDownload():
+    """A session whose client has asked for something large, sent EOF, and reads."""
+    session = Session(workers=ManualWorkers(), capacity=64 * 1024)
+    session.store.big[ZEROS] = [CHUNK] * 100
+    return session.send(HELLO + wire(3, ZEROS)).drain().eof()
+
+
+def test_halfClosedReaderThatStops():
+    """A client that has sent EOF and reads nothing any more is dead: it is given up within five seconds."""
+    session = halfClosedDownload()
+    session.clock.pump([0.5] * 10)
+    session.drain()
+    session.ended(1, "error: nothing has moved for too long in the middle of a request; giving up\n")
+
+
+def test_halfClosedReaderThatIsSlow():
+    """One that goes on reading, however slowly, gets everything."""
+    session = halfClosedDownload()
+    for _ in range(60):
+        session.clock.pump([1])
+        session.transport.take(1000)
+    assert session.transport.status is None
+    while session.transport.unread:
+        session.transport.take()
+        session.drain()
+    assert session.replies == CHUNK * 100
+    session.ended(0)
+
+
 def test_idleClientMayStay():
     """Between requests a client may be silent as long as it likes."""
     session = Session().send(HELLO + wire(1, 0, 0, []))
