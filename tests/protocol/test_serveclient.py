@@ -8,7 +8,7 @@ from twisted.python.failure import Failure
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.messages import BuildDerivation, BuildOptions, BuildPaths, BuildPathsResult, Command
 from nixserve.codec.serve import writeReply, writeRequest
-from nixserve.errors import NixServeError, RemoteError
+from nixserve.errors import LocalProtocolError, NixServeError, RemoteError
 from nixserve.protocol.client import MAX_REMOTE_ERROR, ServeClient
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer
 from nixserve.protocol.server import ServeServer
@@ -260,8 +260,8 @@ def test_requestsBehindAStuckNar():
 @pytest.mark.parametrize(
     ("chunks", "text"),
     [
-        ([nar(b"hi\n")[:-8]], "the NAR ends 8 bytes early"),
-        ([nar(b"hi\n"), b"12345678"], "8 bytes of NAR where 0 are left"),
+        ([nar(b"hi\n")[:-8]], "the NARs end 8 bytes early"),
+        ([nar(b"hi\n"), b"12345678"], "more bytes of NARs than their sizes say"),
     ],
 )
 def test_narOfAnotherSize(chunks, text):
@@ -269,24 +269,27 @@ def test_narOfAnotherSize(chunks, text):
     joined = Joined()
     added, later = joined.add(LIB, *chunks), joined.client.queryValidPaths([])
     joined.flush()
-    for request in (added, later):
-        with pytest.raises(RemoteError, match=text):
-            result(request)
+    with pytest.raises(LocalProtocolError, match=text):
+        result(added)
+    with pytest.raises(RemoteError, match=text):
+        result(later)
     assert joined.pair.clientSide.aborted and fired(joined.server.ended)
 
 
 def test_readingFails():
-    """What cannot be read on our side kills the session, with the reason."""
+    """What cannot be read on our side is what its sender hears, and the session is over for the others."""
     joined = Joined()
 
     def chunks():
         yield nar(b"hi\n")[:50]
         raise OSError(5, "bad disk")
 
-    added = joined.client.addToStoreNar(LIB, joined.door, chunks)
+    added, later = joined.client.addToStoreNar(LIB, joined.door, chunks), joined.client.queryValidPaths([])
     joined.flush()
-    with pytest.raises(RemoteError, match="bad disk"):
+    with pytest.raises(OSError, match="bad disk"):
         result(added)
+    with pytest.raises(RemoteError, match="bad disk"):
+        result(later)
     assert joined.store.valid(LIB) == []
 
 
