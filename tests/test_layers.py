@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["errors", "codec", "store", "builder", "protocol", "ssh", "hook", "app"]
+LAYERS = ["errors", "codec", "store", "builder", "protocol", "ssh", "remote", "hook", "app"]
 ANYTHING = {"testing"}
 """Modules above all layers, which nothing imports."""
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from twisted.conch.ssh.keys import Key
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.protocol import Factory
 
 from nixserve.app.recipe import Recipe, makeRecipe
@@ -32,8 +32,9 @@ from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import RemoteError, StoreError
 from nixserve.protocol.childprocess import ProcessTransport
 from nixserve.protocol.client import ServeClient
-from nixserve.protocol.copying import Copied, CopyProgress, downloadClosure, uploadClosure
-from nixserve.protocol.workers import Door, Workers
+from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
+from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.protocol.workers import Workers
 from nixserve.ssh.client import SSHCommandEndpoint
 from nixserve.ssh.keys import loadHostKey
 from nixserve.store.api import StoreSession
@@ -171,10 +172,11 @@ class Demonstration:
             sample = await self._make(source)
             service = await self._serve()
             client = await self._connect(service)
-            up, down = partial(uploadClosure, client), partial(downloadClosure, client)
-            await self._copy("upload", up, source, sample.root)
-            await self._copy("upload again", up, source, sample.root)
-            await self._copy("download", down, target, sample.root)
+            for what in ("upload", "upload again"):
+                async with await DeferredSession.open(source, self._workers) as here:
+                    await self._copy(what, here, client, sample.root)
+            async with await DeferredSession.open(target, self._workers) as here:
+                await self._copy("download", client, here, sample.root)
             await self._check(source, target, sample.root)
             await self._build(client, source, sample)
             await client.close()
@@ -259,19 +261,11 @@ class Demonstration:
         return [self._ssh or "ssh", "-F", "none", "-T", *flags, "-p", str(port), f"{USER}@{HOST}", FORCED_COMMAND]
 
     async def _copy(
-        self,
-        what: str,
-        copy: Callable[[Door, StoreSession, Collection[StorePath], CopyProgress], Deferred[Copied]],
-        store: LocalStore,
-        root: StorePath,
+        self, what: str, source: DeferredSession | ServeClient, target: DeferredSession | ServeClient, root: StorePath
     ) -> None:
-        session = store.openSession()
-        progress = self._narrator.progress(what)
         begun = time.monotonic()
-        copied = await copy(Door(self._workers), session, [root], progress)
-        seconds = time.monotonic() - begun
-        await self._workers.call(session.close)
-        self._narrator.copied(what, Copy(copied, seconds))
+        copied = await copyClosure(source, target, [root], progress=self._narrator.progress(what))
+        self._narrator.copied(what, Copy(copied, time.monotonic() - begun))
 
     async def _check(self, source: LocalStore, target: LocalStore, root: StorePath) -> None:
         begun = time.monotonic()
@@ -285,20 +279,19 @@ class Demonstration:
         @raise RemoteError: it did not build.
         @raise StoreError: the output is not what it should be.
         """
-        session, door = store.openSession(), Door(self._workers)
-        packages = {name: sample.packages[name] for name in INDEXED}
-        recipe = await door.call(makeRecipe, session, f"{self._directory}/work", packages)
-        paths, size = await _weigh(client, door, session, recipe.drvPath)
-        self._narrator.building(recipe, paths, size)
-        before, begun = client.moved, time.monotonic()
-        result = await client.buildDerivation(recipe.drvPath, recipe.basic)
-        seconds = time.monotonic() - begun
-        if not result.success:
-            raise RemoteError(f"'{recipe.drvPath}' was not built: {result.errorMsg}")
-        await downloadClosure(client, door, session, [recipe.output])
-        moved = client.moved - before
-        await door.call(_checkOutput, session, store.layout.realPath(recipe.output), recipe)
-        await door.call(session.close)
+        async with await DeferredSession.open(store, self._workers) as here:
+            packages = {name: sample.packages[name] for name in INDEXED}
+            recipe = await here.call(makeRecipe, here.session, f"{self._directory}/work", packages)
+            paths, size = await _weigh(client, here, recipe.drvPath)
+            self._narrator.building(recipe, paths, size)
+            before, begun = client.moved, time.monotonic()
+            result = await client.buildDerivation(recipe.drvPath, recipe.basic)
+            seconds = time.monotonic() - begun
+            if not result.success:
+                raise RemoteError(f"'{recipe.drvPath}' was not built: {result.errorMsg}")
+            await copyClosure(client, here, [recipe.output])
+            moved = client.moved - before
+            await here.call(_checkOutput, here.session, store.layout.realPath(recipe.output), recipe)
         self._narrator.built(Build(self._confined, seconds, moved, paths, size))
 
     def _path(self, name: str) -> str:
@@ -334,16 +327,14 @@ class _Client(ServeClient):
             self._narrator.said(line.decode("utf-8", "replace"))
 
 
-async def _weigh(client: ServeClient, door: Door, session: StoreSession, drvPath: StorePath) -> tuple[int, int]:
+async def _weigh(client: ServeClient, here: DeferredSession, drvPath: StorePath) -> tuple[int, int]:
     """
     What copying a .drv file would take, asked of the remote store itself.
 
     @return: how many paths of its closure are not there, and the sizes of their NARs.
     """
-    closure = await door.call(session.queryClosure, [drvPath])
-    missing = closure - await client.queryValidPaths(closure)
-    infos = await door.call(session.queryPathInfos, missing)
-    return len(infos), sum(info.narSize for info in infos.values())
+    missing = (await copyClosure(here, client, [drvPath], dryRun=True)).infos
+    return len(missing), sum(info.narSize for info in missing)
 
 
 def _checkOutput(session: StoreSession, realPath: str, recipe: Recipe) -> None:

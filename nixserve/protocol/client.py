@@ -414,7 +414,8 @@ class ServeClient(Protocol):
         @param gone: why nothing more will.
         """
         try:
-            while not isinstance(event := self._connection.nextEvent(), Pause | EndOfInput):
+            # Whoever hears of an event may cut the connection.
+            while self._failure is None and not isinstance(event := self._connection.nextEvent(), Pause | EndOfInput):
                 match event:
                     case VersionAgreed(version):
                         self.ready.callback(version)

@@ -1,43 +1,40 @@
 """
-Closures from one store to another over a L{ServeClient}, without a round trip for each path.
+Closures from one store to another over L{ServeClient}s: query and copy as one locked round trip.
 
-Upload: one locked query for the whole closure, then every missing path straight behind the one before it;
-acknowledgements are counted as they come. Download: closure and infos, then NARs requested some way ahead of the one
-that is being stored. Either way paths go in dependency order, so whatever ends a copy half way leaves the receiving
-store with whole closures only.
+Upload: one question for the whole closure, which also makes all of it roots there; then every missing path straight
+behind the one before it. Download: closure, infos, then NARs requested ahead. Between question and copy nothing can
+vanish on the remote, whatever collector runs, as long as the session of the question lives. Paths arrive in dependency
+order, so whatever ends a copy half way leaves the receiving store with whole closures only, and doing it again copies
+what is missing.
 
 Who may add what is not decided here: signatures are passed on unjudged. Hashes are checked by the store that receives.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import methodcaller
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from twisted.internet.defer import Deferred
-from twisted.python.failure import Failure
+from twisted.internet.defer import Deferred, DeferredList, FirstError, gatherResults
 
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
+from nixserve.codec.serve import minorOf
 from nixserve.codec.storepath import StorePath
+from nixserve.errors import LocalProtocolError, RemoteError, StoreError
 from nixserve.protocol.client import ServeClient
-from nixserve.protocol.streams import MAX_QUEUED, NarInflow, Throttle
-from nixserve.protocol.workers import Door
-from nixserve.store.api import InvalidPath, PathWriter, StoreSession
-from nixserve.store.contents import sizeMismatch
+from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.protocol.schedule import Schedule
+from nixserve.protocol.transfers import download, upload, uploadStream
+from nixserve.store.api import InvalidPath
 
-__all__ = ["Copied", "CopyProgress", "downloadClosure", "uploadClosure"]
+__all__ = ["Copied", "CopyProgress", "copyClosure"]
 
-T = TypeVar("T")
+_ADD_TO_STORE_NAR: Final = 5
+"""The minor version from which AddToStoreNar is known."""
 
-MAX_UNDER_WAY: Final = 512
-"""Requests without an answer. At 50 ms a round trip these are 10,000 small paths a second: more than a store takes."""
-
-MAX_BYTES_AHEAD: Final = 16 * 1024 * 1024
-"""Sizes of the NARs requested and not yet stored: what a link of 1 Gbit/s and 130 ms holds."""
+_NAR_HASHES: Final = 4
+"""The minor version from which infos have hashes."""
 
 
 class CopyProgress:
@@ -49,8 +46,8 @@ class CopyProgress:
         """
         It is known what is to be done.
 
-        @param infos: what will be copied, in this order.
-        @param present: how many paths of the closure are there already.
+        @param infos: what will be copied, references before what refers to them.
+        @param present: how many of the paths asked for are there already.
         """
 
     def moved(self, size: int) -> None:
@@ -65,8 +62,8 @@ class Copied:
     """
     What came of a copy.
 
-    @ivar infos: what was copied, in this order.
-    @ivar present: how many paths of the closure were there before.
+    @ivar infos: what was copied, references before what refers to them.
+    @ivar present: how many of the paths asked for were there before.
     """
 
     infos: tuple[ValidPathInfo, ...]
@@ -78,195 +75,212 @@ class Copied:
         return sum(info.narSize for info in self.infos)
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """
+    What is to be copied: C{paths}, and with C{closure} what they refer to, with C{includeOutputs} also what derivations
+    among that have built.
+    """
+
+    paths: frozenset[StorePath]
+    closure: bool
+    includeOutputs: bool
+    substitute: bool
+    lock: bool
+
+
 _SILENT: Final = CopyProgress()
 
 
-def uploadClosure(
-    client: ServeClient,
-    door: Door,
-    session: StoreSession,
+def copyClosure(
+    source: DeferredSession | ServeClient | Sequence[DeferredSession] | Sequence[ServeClient],
+    target: DeferredSession | ServeClient | Sequence[DeferredSession] | Sequence[ServeClient],
     paths: Collection[StorePath],
+    *,
+    closure: bool = True,
+    substitute: bool = False,
+    includeOutputs: bool = False,
+    dryRun: bool = False,
     progress: CopyProgress = _SILENT,
 ) -> Deferred[Copied]:
     """
-    Copy C{paths} and all that they refer to from a local store to the remote one. What the remote has stays there until
-    the client's session ends.
+    Copy C{paths} and all that they refer to.
 
-    @param door: the way to C{session}, which nobody else uses meanwhile.
-    @param session: of the local store. Whoever wants the paths kept there meanwhile makes them roots of it.
-    @return: fires when the remote has acknowledged everything. Fails with L{InvalidPath} if the local store lacks one
-        of C{paths}, or with what the client's session fails with. Failing or cancelled it cuts the connection: what
-        has been sent cannot be taken back.
+    One side is a session of a store here, the other a session on a remote store. Either may be several of the same
+    store, to copy over several connections at once; the first of each asks and keeps the roots. Until they are closed
+    everything asked about stays in the remote store, and what came here or was here stays here. (Whoever copies from
+    here makes what must not vanish meanwhile roots of his session: a store that is only read takes none.)
+
+    @param closure: otherwise only C{paths} themselves; what they refer to must be there.
+    @param substitute: the remote, if it is the target, shall try to fetch the paths from its own substituters first.
+    @param includeOutputs: also what derivations among them have built.
+    @param dryRun: only ask.
+    @return: fires when the target has everything. Fails with L{InvalidPath} if the source lacks one of C{paths},
+        L{nixserve.protocol.client.RemoteFailure} if the remote refuses or is gone, or L{StoreError} if the store here
+        fails or something that came is not what its info says. Failing or cancelled it cuts the connections: what is
+        under way cannot be taken back.
     """
-    return Deferred.fromCoroutine(_orCut(client, _upload(client, door, session, paths, progress)))
+    wanted = _Wanted(frozenset(paths), closure, includeOutputs, substitute, lock=not dryRun)
+    sources, targets = _several(source), _several(target)
+    match sources[0], targets[0]:
+        case DeferredSession(), ServeClient():
+            copying = _upload(sources, targets, wanted, progress, dryRun)
+            return Deferred.fromCoroutine(_orCut(targets, copying))
+        case ServeClient(), DeferredSession():
+            copying = _download(sources, targets, wanted, progress, dryRun)
+            return Deferred.fromCoroutine(_orCut(sources, copying))
+    raise LocalProtocolError("a copy goes from a DeferredSession to a ServeClient or the other way round")
 
 
-def downloadClosure(
-    client: ServeClient,
-    door: Door,
-    session: StoreSession,
-    paths: Collection[StorePath],
-    progress: CopyProgress = _SILENT,
-) -> Deferred[Copied]:
-    """
-    Copy C{paths} and all that they refer to from the remote store to a local one. What is or comes there stays there
-    until C{session} closes.
-
-    @param door: the way to C{session}, which nobody else uses meanwhile.
-    @param session: of the local store; it holds what is half-written when this fails, until it is closed.
-    @return: fires when everything is registered. Fails as L{uploadClosure}, or with
-        L{nixserve.errors.StoreError} if something that came is not what its info says.
-    """
-    return Deferred.fromCoroutine(_orCut(client, _download(client, door, session, paths, progress)))
+def _several(ends: Any) -> list[Any]:
+    return [ends] if isinstance(ends, DeferredSession | ServeClient) else list(ends)
 
 
-async def _orCut(client: ServeClient, copying: Coroutine[Any, Any, T]) -> T:
+async def _orCut(clients: Sequence[ServeClient], copying: Coroutine[Any, Any, Copied]) -> Copied:
     """Answers to what is under way have nobody to take them if a copy ends early."""
     try:
         return await copying
     except BaseException:
-        client.transport.abortConnection()
+        for client in clients:
+            client.cut()
         raise
+
+
+async def _upload(
+    sources: Sequence[DeferredSession],
+    clients: Sequence[ServeClient],
+    wanted: _Wanted,
+    progress: CopyProgress,
+    dryRun: bool,
+) -> Copied:
+    here, client = sources[0], clients[0]
+    paths: Collection[StorePath] = wanted.paths
+    if wanted.closure:
+        paths = await here.queryClosure(paths, wanted.includeOutputs)
+    infos = await here.queryPathInfos(paths)
+    asked = frozenset(paths) if wanted.closure else _withReferences(wanted.paths, infos)
+    present = await client.queryValidPaths(asked, lock=wanted.lock, substitute=wanted.substitute)
+    missing = _inOrder(frozenset(paths) - present, infos)
+    if not wanted.closure:
+        _requireReferences(missing, present, f"the store of {client.name or 'the remote'}")
+    copied = Copied(tuple(missing), len(paths) - len(missing))
+    progress.planned(missing, copied.present)
+    if dryRun or not missing:
+        return copied
+    if _minor(client) < _ADD_TO_STORE_NAR:
+        await uploadStream(here, client, missing, progress.moved, progress.copied)
+        return copied
+    schedule = Schedule(missing, len(clients))
+    arrived = _arrived(schedule, progress)
+    await _together(
+        clients,
+        [
+            upload(sources[lane % len(sources)], lane_, schedule, lane, progress.moved, arrived)
+            for lane, lane_ in enumerate(clients)
+        ],
+    )
+    return copied
+
+
+async def _download(
+    clients: Sequence[ServeClient],
+    targets: Sequence[DeferredSession],
+    wanted: _Wanted,
+    progress: CopyProgress,
+    dryRun: bool,
+) -> Copied:
+    client, here = clients[0], targets[0]
+    # Asked together: the roots are there before the closure is looked up.
+    rooted = client.queryValidPaths(wanted.paths, lock=wanted.lock)
+    paths: frozenset[StorePath] = wanted.paths
+    if wanted.closure:
+        # Whatever fails it fails what is asked behind it.
+        rooted.addErrback(lambda _: None)
+        paths = await client.queryClosure(paths, wanted.includeOutputs)
+    else:
+        await rooted
+    if _minor(client) < _NAR_HASHES:
+        raise RemoteError(f"{client.name or 'the remote'} speaks a protocol without hashes of paths; it needs Nix 2.0")
+    # Roots first: what is valid after that stays so.
+    if wanted.lock:
+        await here.addTempRoots(paths)
+    present = await here.queryValidPaths(paths)
+    missing = _inOrder(paths - present, await client.queryPathInfos(paths - present))
+    if not wanted.closure:
+        references = _withReferences(paths, {info.path: info for info in missing})
+        if wanted.lock:
+            await here.addTempRoots(references)
+        _requireReferences(missing, await here.queryValidPaths(references), "the store here")
+    copied = Copied(tuple(missing), len(present))
+    progress.planned(missing, copied.present)
+    if dryRun or not missing:
+        return copied
+    schedule = Schedule(missing, min(len(clients), len(targets)))
+    arrived = _arrived(schedule, progress)
+    lanes = list(zip(clients, targets, strict=False))
+    await _together(
+        clients,
+        [download(one, target, schedule, lane, progress.moved, arrived) for lane, (one, target) in enumerate(lanes)],
+    )
+    return copied
+
+
+async def _together(clients: Sequence[ServeClient], lanes: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """
+    Wait for all; the first that fails ends the others and is what is raised.
+    """
+    running = [Deferred.fromCoroutine(lane) for lane in lanes]
+    try:
+        await gatherResults(running, consumeErrors=True)
+    except FirstError as e:
+        e.subFailure.raiseException()
+    finally:
+        if not all(lane.called for lane in running):
+            for client in clients:
+                client.cut()
+            for lane in running:
+                lane.cancel()
+            await DeferredList(running, consumeErrors=True)
+
+
+def _arrived(schedule: Schedule, progress: CopyProgress) -> Any:
+    def arrived(info: ValidPathInfo) -> None:
+        schedule.arrived(info)
+        progress.copied(info)
+
+    return arrived
+
+
+def _minor(client: ServeClient) -> int:
+    assert client.version is not None, "it has answered"
+    return minorOf(client.version)
 
 
 def _inOrder(wanted: Iterable[StorePath], infos: Mapping[StorePath, ValidPathInfo]) -> list[ValidPathInfo]:
     """
     @param infos: those of C{wanted}, and maybe more.
     @return: those of C{wanted}, references first.
-    @raise InvalidPath: one has vanished since it was found in the closure.
+    @raise InvalidPath: the source has not got one, or no more.
     """
     references: dict[StorePath, frozenset[StorePath]] = {}
-    for path in wanted:
+    for path in sorted(wanted):
         if path not in infos:
             raise InvalidPath(path)
         references[path] = infos[path].references
     return [infos[path] for path in topoSort(references)]
 
 
-# --- up ---------------------------------------------------------------------------------------------------
+def _withReferences(paths: frozenset[StorePath], infos: Mapping[StorePath, ValidPathInfo]) -> frozenset[StorePath]:
+    return paths.union(*(info.references for info in infos.values()))
 
 
-async def _upload(
-    client: ServeClient, door: Door, session: StoreSession, paths: Collection[StorePath], progress: CopyProgress
-) -> Copied:
-    closure = await door.call(session.queryClosure, paths)
-    infos = await door.call(session.queryPathInfos, closure)
-    present = await client.queryValidPaths(closure, lock=True)
-    missing = _inOrder(closure - present, infos)
-    progress.planned(missing, len(closure) - len(missing))
-    unacknowledged: deque[Deferred[None]] = deque()
-    try:
-        for info in missing:
-            if len(unacknowledged) == MAX_UNDER_WAY:
-                await unacknowledged.popleft()
-            sent = client.addToStoreNar(info, door, partial(_dump, session, info.path, progress.moved))
-            sent.addCallback(partial(_acknowledged, progress, info))
-            unacknowledged.append(sent)
-        while unacknowledged:
-            await unacknowledged.popleft()
-    finally:
-        for sent in unacknowledged:
-            # They fail for the reason that is on its way up.
-            sent.addErrback(lambda _: None)
-    return Copied(tuple(missing), len(closure) - len(missing))
-
-
-def _acknowledged(progress: CopyProgress, info: ValidPathInfo, _: None) -> None:
-    progress.copied(info)
-
-
-def _dump(session: StoreSession, path: StorePath, moved: Callable[[int], None]) -> Iterator[bytes]:
-    for chunk in session.narFromPath(path):
-        moved(len(chunk))
-        yield chunk
-
-
-# --- down -------------------------------------------------------------------------------------------------
-
-
-async def _download(
-    client: ServeClient, door: Door, session: StoreSession, paths: Collection[StorePath], progress: CopyProgress
-) -> Copied:
-    closure = await client.queryClosure(paths)
-    infos = await client.queryPathInfos(closure)
-    # Roots first: what is valid after that stays so.
-    await door.call(session.addTempRoots, closure)
-    present = await door.call(session.queryValidPaths, closure)
-    missing = _inOrder(closure - present, infos)
-    progress.planned(missing, len(present))
-    throttle = Throttle(client.transport)
-    waiting = deque(missing)
-    requested: deque[_Arrival] = deque()
-    bytesAhead = 0
-    try:
-        while waiting or requested:
-            # One more than the one that is being stored, however large; then as far as the limits go.
-            while waiting and (len(requested) < 2 or (bytesAhead < MAX_BYTES_AHEAD and len(requested) < MAX_UNDER_WAY)):
-                arrival = _Arrival(waiting.popleft(), throttle, progress.moved)
-                arrival.request(client)
-                requested.append(arrival)
-                bytesAhead += arrival.info.narSize
-            # One at a time: whoever held the locks of several could wait for somebody who waits for him.
-            arrival = requested[0]
-            await arrival.store(door, session)
-            requested.popleft()
-            bytesAhead -= arrival.info.narSize
-            progress.copied(arrival.info)
-    finally:
-        for arrival in requested:
-            arrival.complete.addErrback(lambda _: None)
-    return Copied(tuple(missing), len(present))
-
-
-class _Arrival:
+def _requireReferences(missing: Sequence[ValidPathInfo], present: Collection[StorePath], where: str) -> None:
     """
-    One NAR that has been requested. It may come before its turn to be stored: then up to L{MAX_QUEUED} bytes wait here,
-    and the remote after them.
-
-    @ivar complete: fires when all of it has come, or with why it will not.
+    @raise StoreError: something to be copied refers to what neither is there nor will be copied.
     """
-
-    def __init__(self, info: ValidPathInfo, throttle: Throttle, moved: Callable[[int], None]) -> None:
-        self.info = info
-        self.complete: Deferred[None] = Deferred()
-        self._throttle = throttle
-        self._moved = moved
-        self._early: list[bytes] = []
-        self._size = 0
-        self._inflow: NarInflow[PathWriter] | None = None
-
-    def request(self, client: ServeClient) -> None:
-        """Ask for it."""
-        client.dumpStorePath(self.info.path, self._received).addCallbacks(self.complete.callback, self._failed)
-
-    async def store(self, door: Door, session: StoreSession) -> None:
-        """
-        It is its turn.
-
-        @raise nixserve.errors.StoreError: it is not what its info says.
-        """
-        inflow = NarInflow[PathWriter](door, self._throttle, partial(session.addToStore, self.info), self._failed)
-        self._inflow = inflow
-        early, self._early = self._early, []
-        for data in early:
-            inflow.write(data)
-        self._throttle.resume(self)
-        await self.complete
-        await inflow.end(methodcaller("finish"))
-
-    def _received(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > self.info.narSize:
-            raise sizeMismatch(self.info, self._size)
-        self._moved(len(data))
-        if self._inflow is not None:
-            self._inflow.write(data)
-            return
-        self._early.append(data)
-        if self._size >= MAX_QUEUED:
-            self._throttle.pause(self)
-
-    def _failed(self, failure: Failure) -> None:
-        """The remote, or storing what has come so far."""
-        if not self.complete.called:
-            self.complete.errback(failure)
+    available = {*present, *(info.path for info in missing)}
+    for info in missing:
+        for reference in sorted(info.references - available):
+            raise StoreError(
+                f"'{info.path}' refers to '{reference}', which {where} lacks; copy the closure, or that too"
+            )

@@ -10,7 +10,8 @@ from nixserve.codec.storepath import StoreDir
 from nixserve.errors import RemoteError
 from nixserve.protocol.childprocess import ProcessTransport
 from nixserve.protocol.client import ServeClient
-from nixserve.protocol.copying import downloadClosure, uploadClosure
+from nixserve.protocol.copying import copyClosure
+from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.workers import Door, Workers
 from nixserve.ssh.client import SSHCommandEndpoint
 from nixserve.testing import makeNar
@@ -67,16 +68,16 @@ async def test_closures(nix, directory, connect, door):
         for number in range(30):
             chain.append(add(session, f"chain-{number}", makeNar({"number": b"%d" % number}), chain[-1:]))
         client = await connect()
-        copied = await uploadClosure(client, door, session, [chain[-1]])
+        copied = await copyClosure(DeferredSession(door, session), client, [chain[-1]])
         assert len(copied.infos) == len(chain)
-        again = await uploadClosure(client, door, session, [chain[-1]])
+        again = await copyClosure(DeferredSession(door, session), client, [chain[-1]])
         assert (len(again.infos), again.present) == (0, len(chain))
     missing = STORE_DIR.parse(named("missing"))
     assert await client.queryValidPaths([*chain, missing], lock=True) == set(chain)
     assert (await client.queryPathInfos([files, missing])).keys() == {files}
     assert await client.queryClosure([chain[3]]) == set(chain[:4])
     with opened(back) as session:
-        assert len((await downloadClosure(client, door, session, [chain[-1]])).infos) == len(chain)
+        assert len((await copyClosure(client, DeferredSession(door, session), [chain[-1]])).infos) == len(chain)
     await client.close()
     for store in (directory / "remote", back):
         assertVerified(nix, store)

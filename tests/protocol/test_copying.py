@@ -12,16 +12,17 @@ from twisted.logger import globalLogPublisher
 
 from nixserve.codec.hashes import hashBytes
 from nixserve.errors import RemoteError, StoreError
-from nixserve.protocol import copying
+from nixserve.protocol import transfers
 from nixserve.protocol.client import ServeClient
-from nixserve.protocol.copying import Copied, CopyProgress, downloadClosure, uploadClosure
+from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
+from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.policy import EVERYTHING, Peer
 from nixserve.protocol.server import ServeServer
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.memory import MemoryStore
 from nixserve.testing import addObject, makeInfo, makeNar
-from tests.protocol.fakes import Pair, SyncWorkers, result
+from tests.protocol.fakes import ManualWorkers, Pair, SyncWorkers, result
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,16 @@ def logged():
     gc.collect()
     globalLogPublisher.removeObserver(events.append)
     assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
+
+
+def uploadClosure(client, here, paths, progress, **options):
+    """Copy there."""
+    return copyClosure(here, client, paths, progress=progress, **options)
+
+
+def downloadClosure(client, here, paths, progress, **options):
+    """Copy here."""
+    return copyClosure(client, here, paths, progress=progress, **options)
 
 
 class Recorder(CopyProgress):
@@ -88,9 +99,10 @@ class Copying:
 
     @ivar calls: how often the remote store's sessions have been asked what.
     @ivar failures: what they raise.
+    @ivar dumped: what the client has asked for.
     """
 
-    def __init__(self, cut=1 << 20):
+    def __init__(self, cut=1 << 20, announced=0x208):
         self.workers = SyncWorkers()
         self.local, self.remote = MemoryStore(), MemoryStore()
         self.calls, self.failures = Counter(), {}
@@ -98,23 +110,31 @@ class Copying:
         self.client = ServeClient(self.remote.storeDir)
         # Why there is no version is also why there is no copy.
         self.client.ready.addErrback(lambda _: None)
+        self.dumped, dump = [], self.client.dumpStorePath
+        self.client.dumpStorePath = lambda path, sink: self.dumped.append(path) or dump(path, sink)
         self.server = ServeServer(store, self.workers, EVERYTHING, Peer("test"), self.workers.reactor)
+        self.server._connection.announced = self.server._connection.version = announced
         self.pair = Pair(self.client, self.server, cut)
         self.session = self.local.openSession()
         self.progress = Recorder()
 
-    def begin(self, copy, *paths):
+    @property
+    def here(self):
+        """The session of the local store."""
+        return DeferredSession(Door(self.workers), self.session)
+
+    def begin(self, copy, *paths, **options):
         """Start to copy."""
-        return copy(self.client, Door(self.workers), self.session, list(paths), self.progress)
+        return copy(self.client, self.here, list(paths), self.progress, **options)
 
     def turn(self):
         """What is on its way goes once in each direction."""
         self.pair._move(self.pair.clientSide, self.pair.serverSide, self.server.dataReceived)
         self.pair._move(self.pair.serverSide, self.pair.clientSide, self.client.dataReceived)
 
-    def run(self, copy, *paths):
+    def run(self, copy, *paths, **options):
         """Copy, to the end, whatever has to be waited for."""
-        copied = self.begin(copy, *paths)
+        copied = self.begin(copy, *paths, **options)
         for _ in range(10):
             self.pair.flush()
             self.workers.reactor.advance(1)
@@ -126,6 +146,10 @@ class Copying:
         found = session.queryValidPaths([info.path for info in infos])
         session.close()
         return [info for info in infos if info.path in found]
+
+
+LARGE = 70_000
+"""A size above which NARs are not kept until they are complete."""
 
 
 def makeClosure(count, size=1000):
@@ -184,13 +208,13 @@ def test_onlyWhatIsMissing(copy):
     """What is there is neither sent nor asked for."""
     joined = Copying()
     source, target = sides(joined, copy)
-    closure = makeClosure(10)
+    closure = makeClosure(10, LARGE)
     infos = add(source, closure)
     add(target, closure[:7])
     copied = joined.run(copy, infos[-1].path)
     assert (timeless(copied.infos), copied.present) == (timeless(infos[7:]), 7)
     assert joined.calls["addToStore"] == (3 if copy is uploadClosure else 0)
-    assert joined.calls["narFromPath"] == (3 if copy is downloadClosure else 0)
+    assert len(joined.dumped) == (3 if copy is downloadClosure else 0)
     again = joined.run(copy, infos[-1].path)
     assert again == Copied((), 10)
 
@@ -198,7 +222,7 @@ def test_onlyWhatIsMissing(copy):
 def test_uploadAsksOnce():
     """One question for a whole closure, which makes all of it roots there; then everything without waiting."""
     joined = Copying()
-    infos = add(joined.local, makeClosure(50))
+    infos = add(joined.local, makeClosure(50, LARGE))
     copying = joined.begin(uploadClosure, infos[-1].path)
     # The question out and its answer back; then nothing more is delivered to the client.
     joined.turn()
@@ -214,7 +238,8 @@ def test_uploadAsksOnce():
 
 def test_downloadAsksAhead(monkeypatch):
     """NARs are requested before the ones before them have come, as far as the limits allow."""
-    monkeypatch.setattr(copying, "MAX_UNDER_WAY", 8)
+    monkeypatch.setattr(transfers, "MAX_REQUESTED", 8)
+    monkeypatch.setattr(transfers, "SMALL", 0)
     joined = Copying()
     infos = add(joined.remote, makeClosure(50, size=1))
     copied = joined.begin(downloadClosure, infos[-1].path)
@@ -222,7 +247,7 @@ def test_downloadAsksAhead(monkeypatch):
         joined.turn()
     joined.pair.clientSide.paused = True
     joined.pair.flush()
-    assert joined.calls["narFromPath"] - len(joined.progress.done) == 8
+    assert len(joined.dumped) - len(joined.progress.done) == 8
     joined.pair.clientSide.paused = False
     joined.pair.flush()
     assert timeless(result(copied).infos) == timeless(infos)
@@ -230,10 +255,82 @@ def test_downloadAsksAhead(monkeypatch):
 
 def test_manyUploads(monkeypatch):
     """More paths than may be under way at once go all the same."""
-    monkeypatch.setattr(copying, "MAX_UNDER_WAY", 4)
+    monkeypatch.setattr(transfers, "MAX_BATCH_PATHS", 4)
     joined = Copying()
     infos = add(joined.local, makeClosure(50, size=1))
     assert timeless(joined.run(uploadClosure, infos[-1].path).infos) == timeless(infos)
+
+
+def test_smallOnesTogether():
+    """Small paths that come while a worker is busy are registered in its next turn, all at once."""
+    joined, manual, calls = Copying(), ManualWorkers(), Counter()
+    infos = add(joined.remote, makeClosure(50, size=1))
+    here = DeferredSession(Door(manual), SpyingSession(joined.session, calls, {}))
+    copied = copyClosure(joined.client, here, [infos[-1].path])
+    for _ in range(10):
+        joined.pair.flush(manual.drain)
+    assert timeless(result(copied).infos) == timeless(infos)
+    assert calls["addToStore"] == 0 and 1 <= calls["addSmallPaths"] < 10
+
+
+@BOTH
+def test_noClosure(copy):
+    """Without the closure only the path itself goes, where what it refers to is there; else that is said first."""
+    joined = Copying()
+    source, target = sides(joined, copy)
+    closure = makeClosure(3)
+    infos = add(source, closure)
+    with pytest.raises(StoreError, match=f"'{infos[2].path}' refers to '{infos[1].path}', which"):
+        joined.run(copy, infos[2].path, closure=False)
+    assert joined.valid(target, infos) == []
+    joined = Copying()
+    source, target = sides(joined, copy)
+    add(source, closure)
+    add(target, closure[:2])
+    assert timeless(joined.run(copy, infos[2].path, closure=False).infos) == timeless(infos[2:])
+    assert joined.valid(target, infos) == infos
+
+
+@BOTH
+def test_dryRun(copy):
+    """A dry run says what would be copied, moves nothing and makes nothing a root."""
+    joined = Copying()
+    source, target = sides(joined, copy)
+    closure = makeClosure(5)
+    infos = add(source, closure)
+    add(target, closure[:2])
+    calls = Counter()
+    joined.session = SpyingSession(joined.session, calls, {})
+    copied = joined.run(copy, infos[-1].path, dryRun=True)
+    assert (timeless(copied.infos), copied.present) == (timeless(infos[2:]), 2)
+    assert joined.valid(target, infos) == infos[:2] and joined.progress.bytes == 0
+    assert calls["addTempRoots"] == 0
+
+
+def test_flags():
+    """Whether to substitute, and whether outputs belong to a closure, is passed on."""
+    joined = Copying()
+    infos = add(joined.local, makeClosure(2))
+    asked = []
+    query, closure = joined.client.queryValidPaths, joined.client.queryClosure
+    joined.client.queryValidPaths = lambda paths, **flags: asked.append(flags) or query(paths, **flags)
+    joined.client.queryClosure = lambda paths, outputs: asked.append(outputs) or closure(paths, outputs)
+    joined.run(uploadClosure, infos[-1].path, substitute=True)
+    joined.run(downloadClosure, infos[-1].path, includeOutputs=True)
+    assert asked == [{"lock": True, "substitute": True}, {"lock": True}, True]
+
+
+def test_oldServer():
+    """A server below 2.5 gets everything in one export stream; one below 2.4 cannot be downloaded from."""
+    joined = Copying(announced=0x204)
+    infos = add(joined.local, makeClosure(5))
+    copied = joined.run(uploadClosure, infos[-1].path)
+    assert timeless(copied.infos) == timeless(infos) and joined.progress.done == list(copied.infos)
+    assert joined.calls["importPath"] == 5 and joined.progress.bytes > copied.narBytes
+    joined = Copying(announced=0x203)
+    infos = add(joined.remote, makeClosure(2))
+    with pytest.raises(RemoteError, match="protocol without hashes"):
+        joined.run(downloadClosure, infos[-1].path)
 
 
 @BOTH
@@ -241,7 +338,7 @@ def test_waitsForLocks(copy):
     """A lock that somebody else holds, or a collector at work, is waited for."""
     joined = Copying()
     source, _ = sides(joined, copy)
-    infos = add(source, makeClosure(3))
+    infos = add(source, makeClosure(3, LARGE))
     busy = {"addTempRoots": [Busy("a collector")], "addToStore": [Busy("a lock"), Busy("a lock")]}
     if copy is uploadClosure:
         joined.failures.update(busy)
@@ -265,7 +362,7 @@ def test_failureHalfWay(copy):
     """If the store that receives fails, what came before stays, with its closure; the reason is said."""
     joined = Copying()
     source, target = sides(joined, copy)
-    infos = add(source, makeClosure(10))
+    infos = add(source, makeClosure(10, LARGE))
     failures = {"addToStore": [None, None, StoreError("the disk is full")]}
     if copy is uploadClosure:
         joined.failures.update(failures)
@@ -305,12 +402,13 @@ def test_tooLong():
 
 
 @BOTH
+@pytest.mark.parametrize("size", [1000, LARGE])
 @pytest.mark.parametrize("turns", range(6))
-def test_connectionLost(copy, turns):
+def test_connectionLost(copy, turns, size):
     """Whenever the connection breaks, the copy fails soon, and the receiving store has whole closures only."""
     joined = Copying(cut=4096)
     source, target = sides(joined, copy)
-    infos = add(source, makeClosure(10))
+    infos = add(source, makeClosure(10, size))
     copied = joined.begin(copy, infos[-1].path)
     for _ in range(turns):
         joined.turn()
