@@ -1,0 +1,346 @@
+"""
+Builds on a remote store that needs no .drv files: C{buildDerivation} carries the derivation, and only what its builder
+may read travels, as far as it is not there.
+
+The derivations of a store here are read to find out what that is. An input that is valid on neither side is built
+there first, in the same session, whose roots keep inputs and outputs from the collector until the caller closes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from twisted.internet.defer import Deferred
+
+from nixserve.builder.resolution import InputOutputs, basicDerivation, mustResolve, resolve
+from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.codec.derivation import BasicDerivation, Derivation, drvPathOf
+from nixserve.codec.messages import BuildOptions
+from nixserve.codec.storepath import StorePath
+from nixserve.errors import BuildError, FormatError, StoreError
+from nixserve.protocol.client import ServeClient
+from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
+from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.store.contents import readDerivation
+
+__all__ = ["RemoteBuild", "RemotePlan", "buildRemotely", "planRemoteBuild"]
+
+_SILENT: Final = CopyProgress()
+_DEFAULT_OPTIONS: Final = BuildOptions()
+_NOTHING: Final = Copied((), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class RemotePlan:
+    """
+    What a remote build would do.
+
+    @ivar builds: the derivations to be built there, dependencies first; the last is the one that was asked for. Empty
+        if its outputs are there.
+    @ivar sends: what would be copied there first.
+    """
+
+    builds: tuple[StorePath, ...]
+    sends: Copied
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteBuild:
+    """
+    What came of a remote build.
+
+    @ivar drvPath: what was asked for.
+    @ivar result: what came of that; if a dependency failed, L{BuildStatus.DEPENDENCY_FAILED} and why it did.
+    @ivar outputs: the outputs asked for, by name; empty on failure.
+    @ivar sent: what was copied there.
+    @ivar fetched: what was copied here, or C{None} if nothing was to be.
+    """
+
+    drvPath: StorePath
+    result: BuildResult
+    outputs: Mapping[str, StorePath] = field(default_factory=dict)
+    sent: Copied = _NOTHING
+    fetched: Copied | None = None
+
+    def raiseForStatus(self) -> None:
+        """
+        @raise BuildError: it failed.
+        """
+        if not self.result.success:
+            raise BuildError(self.result.status, f"build of '{self.drvPath}' failed: {self.result.errorMsg}")
+
+
+def planRemoteBuild(
+    client: ServeClient,
+    drv: StorePath | BasicDerivation,
+    here: DeferredSession,
+    *,
+    drvPath: StorePath | None = None,
+    outputs: Collection[str] | None = None,
+    substitute: bool = False,
+) -> Deferred[RemotePlan]:
+    """
+    What L{buildRemotely} would do now. Parameters and failures are as there.
+    """
+
+    async def plan() -> RemotePlan:
+        building = _Building(client, here, substitute, roots=False)
+        await building.explore(await building.root(drv, drvPath, outputs))
+        return RemotePlan(tuple(job.path for job in building.order), await building.send(_SILENT, dryRun=True))
+
+    return Deferred.fromCoroutine(plan())
+
+
+def buildRemotely(
+    client: ServeClient,
+    drv: StorePath | BasicDerivation,
+    here: DeferredSession,
+    *,
+    drvPath: StorePath | None = None,
+    outputs: Collection[str] | None = None,
+    fetch: bool = True,
+    options: BuildOptions = _DEFAULT_OPTIONS,
+    substitute: bool = False,
+    progress: CopyProgress = _SILENT,
+    onBuild: Callable[[StorePath], None] = lambda drvPath: None,
+) -> Deferred[RemoteBuild]:
+    """
+    Build a derivation on a remote store. What its builder may read is copied there, if it is not there; its outputs
+    come back. Outputs that are there are not built again.
+
+    @param drv: the path of a .drv in the store here; or a derivation, whose input derivations, if it has any, are in
+        the store here; or a BasicDerivation, whose inputs are in the store here or there.
+    @param drvPath: what C{drv} is called, if it is no path; else that follows from it.
+    @param outputs: names of the outputs that are wanted, or C{None} for all of them.
+    @param fetch: whether they are to be copied here, with what they refer to.
+    @param substitute: the remote shall try to fetch inputs from its own substituters before they are copied.
+    @param onBuild: called with the path of each derivation when the remote is asked to build it; what comes on standard
+        error from then on is its log.
+    @return: fires with what came of it; a build that fails is a result as well. Fails with L{FormatError} if there is
+        no such output, L{StoreError} if an input is on neither side and cannot be built, or as L{copyClosure} does.
+        Cancelled it cuts the connection, and the remote kills the build.
+    """
+
+    async def build() -> RemoteBuild:
+        building = _Building(client, here, substitute, roots=fetch)
+        root = await building.root(drv, drvPath, outputs)
+        await building.explore(root)
+        sent = await building.send(progress)
+        result = await building.build(options, onBuild)
+        if not result.success:
+            return RemoteBuild(root.path, result, sent=sent)
+        found = root.wantedPaths()
+        fetched = await copyClosure(client, here, list(found.values()), progress=progress) if fetch else None
+        return RemoteBuild(root.path, result, found, sent, fetched)
+
+    return Deferred.fromCoroutine(build())
+
+
+class _Job:
+    """
+    A derivation of which something is wanted.
+
+    @ivar wanted: names of the outputs.
+    @ivar outputs: by name, those whose paths are known.
+    """
+
+    def __init__(self, path: StorePath, drv: BasicDerivation, wanted: Iterable[str]) -> None:
+        self.path = path
+        self.drv = drv
+        self.wanted: set[str] = set()
+        self.outputs = {name: output.path for name, output in drv.outputs.items() if output.path is not None}
+        self.want(wanted)
+
+    def want(self, names: Iterable[str]) -> None:
+        """
+        @raise FormatError: there is no such output.
+        """
+        for name in names:
+            if name not in self.drv.outputs:
+                known = ", ".join(sorted(self.drv.outputs))
+                raise FormatError(f"derivation '{self.path}' does not have the output '{name}'; it has {known}")
+            self.wanted.add(name)
+
+    @property
+    def inputDrvs(self) -> Mapping[StorePath, frozenset[str]]:
+        """The derivations whose outputs it uses."""
+        return self.drv.inputDrvs if isinstance(self.drv, Derivation) else {}
+
+    def wantedPaths(self) -> dict[str, StorePath]:
+        """
+        @raise StoreError: the path of one is not known, although it was built.
+        """
+        for name in sorted(self.wanted - self.outputs.keys()):
+            raise StoreError(f"the remote does not say where the output '{name}' of '{self.path}' is")
+        return {name: self.outputs[name] for name in sorted(self.wanted)}
+
+
+class _Building:
+    """
+    One call of L{buildRemotely}.
+
+    @ivar order: what is to be built, dependencies first.
+    """
+
+    def __init__(self, client: ServeClient, here: DeferredSession, substitute: bool, roots: bool) -> None:
+        """
+        @param roots: keep here what is to be sent. A store that is only read takes no roots, but then it cannot take
+            outputs either.
+        """
+        self._client = client
+        self._here = here
+        self._substitute = substitute
+        self._roots = roots
+        self._drvs: dict[StorePath, Derivation] = {}
+        self._jobs: dict[StorePath, _Job] = {}
+        # What is valid here and must go there.
+        self._sends: set[StorePath] = set()
+        self.order: list[_Job] = []
+
+    async def root(
+        self, drv: StorePath | BasicDerivation, drvPath: StorePath | None, outputs: Collection[str] | None
+    ) -> _Job:
+        """What was asked for."""
+        if isinstance(drv, StorePath):
+            drvPath, drv = drv, (await self._read([drv]))[drv]
+        return _Job(drvPath or drvPathOf(drv, self._here.storeDir), drv, drv.outputs if outputs is None else outputs)
+
+    # --- what is to be done -------------------------------------------------------------------------------
+
+    async def explore(self, root: _Job) -> None:
+        """
+        Find out what must be built and what must be sent, one question to each side for each level of dependencies.
+
+        @raise StoreError: something is on neither side and cannot be built.
+        """
+        level = [] if await self._isThere(root) else [root]
+        while level:
+            for job in level:
+                self._jobs[job.path] = job
+            level = await self._next(level)
+        self.order = self._sorted(root) if root.path in self._jobs else []
+
+    async def _isThere(self, job: _Job) -> bool:
+        """Are the wanted outputs valid on the remote?"""
+        if job.wanted - job.outputs.keys():
+            return False
+        wanted = set(job.wantedPaths().values())
+        return wanted <= await self._client.queryValidPaths(wanted, lock=True, substitute=self._substitute)
+
+    async def _next(self, level: list[_Job]) -> list[_Job]:
+        """
+        @return: derivations that these depend on and that must be built themselves.
+        """
+        wanted: dict[StorePath, set[str]] = {}
+        for job in level:
+            for path, names in job.inputDrvs.items():
+                wanted.setdefault(path, set()).update(names)
+        inputs = [self._jobs.get(path) or _Job(path, drv, ()) for path, drv in (await self._read(wanted)).items()]
+        for job in inputs:
+            job.want(wanted[job.path])
+        sources = set[StorePath]().union(*(job.drv.inputSrcs for job in level))
+        known = {path for job in inputs for path in job.outputs.values()} | sources
+        there = await self._client.queryValidPaths(known, lock=True, substitute=self._substitute)
+        if self._roots:
+            await self._here.addTempRoots(known - there)
+        here = await self._here.queryValidPaths(known - there)
+        for source in sorted(sources - there - here):
+            [user, *_] = [job.path for job in level if source in job.drv.inputSrcs]
+            raise StoreError(f"'{source}', an input of '{user}', is valid neither here nor in the remote store")
+        self._sends |= sources & here
+        missing = []
+        for job in inputs:
+            found = [job.outputs.get(name) for name in job.wanted]
+            if all(path in there or path in here for path in found):
+                self._sends |= {path for path in found if path in here and path is not None}
+            elif job.path not in self._jobs:
+                missing.append(job)
+        return missing
+
+    async def _read(self, paths: Collection[StorePath]) -> dict[StorePath, Derivation]:
+        """
+        Derivations of the store here.
+
+        @raise StoreError: one is not there.
+        """
+        session, new = self._here.session, sorted(set(paths) - self._drvs.keys())
+
+        def read() -> dict[StorePath, Derivation]:
+            for path in sorted(set(new) - session.queryValidPaths(new)):
+                raise StoreError(f"derivation '{path}' is not in the store here")
+            return {path: readDerivation(path, session.narFromPath(path), session.storeDir) for path in new}
+
+        if new:
+            self._drvs |= await self._here.call(read)
+        return {path: self._drvs[path] for path in paths}
+
+    def _sorted(self, root: _Job) -> list[_Job]:
+        """Dependencies first. A derivation's path depends on those of its inputs, so there are no cycles."""
+        order: list[_Job] = []
+        seen = {root.path}
+        stack = [(root, iter(sorted(root.inputDrvs)))]
+        while stack:
+            job, inputs = stack[-1]
+            for path in inputs:
+                if path in self._jobs and path not in seen:
+                    seen.add(path)
+                    other = self._jobs[path]
+                    stack.append((other, iter(sorted(other.inputDrvs))))
+                    break
+            else:
+                stack.pop()
+                order.append(job)
+        return order
+
+    # --- doing it -----------------------------------------------------------------------------------------
+
+    async def send(self, progress: CopyProgress, dryRun: bool = False) -> Copied:
+        """Copy what the builds may read, all of it at once."""
+        if not self._sends:
+            return _NOTHING
+        return await copyClosure(
+            self._here, self._client, self._sends, substitute=self._substitute, dryRun=dryRun, progress=progress
+        )
+
+    async def build(self, options: BuildOptions, onBuild: Callable[[StorePath], None]) -> BuildResult:
+        """
+        Build one derivation after the other: a session does one thing at a time.
+
+        @return: what came of the last one, or why it was not begun.
+        """
+        result = BuildResult(BuildStatus.ALREADY_VALID)
+        for job in self.order:
+            drvPath, basic = await self._basic(job)
+            onBuild(drvPath)
+            result = await self._client.buildDerivation(drvPath, basic, options)
+            if not result.success:
+                if job is self.order[-1]:
+                    return result
+                reason = f"its dependency '{job.path}' failed to build: {result.errorMsg}"
+                return BuildResult(BuildStatus.DEPENDENCY_FAILED, reason)
+            job.outputs |= {name: realisation.outPath for name, realisation in result.builtOutputs.items()}
+        return result
+
+    async def _basic(self, job: _Job) -> tuple[StorePath, BasicDerivation]:
+        """
+        @return: the derivation as it is sent, and its path: another one if paths of inputs had to be filled in.
+        """
+        if not isinstance(job.drv, Derivation):
+            return job.path, job.drv
+        inputs = await self._inputs(job.drv)
+        kinds = {path: other.drv.kind() for path, other in inputs.items()}
+        outputs: InputOutputs = {path: other.wantedPaths() for path, other in inputs.items()}
+        if mustResolve(job.drv, kinds):
+            resolved = resolve(job.drv, outputs, self._here.storeDir)
+            job.outputs |= {name: output.path for name, output in resolved.outputs.items() if output.path is not None}
+            return drvPathOf(resolved, self._here.storeDir), resolved
+        paths = {outputs[path][name] for path, names in job.drv.inputDrvs.items() for name in names}
+        return job.path, basicDerivation(job.drv, job.drv.inputSrcs | paths)
+
+    async def _inputs(self, drv: Derivation) -> dict[StorePath, _Job]:
+        """The input derivations: those that were built, and those whose outputs were there."""
+        others = await self._read([path for path in drv.inputDrvs if path not in self._jobs])
+        jobs = {path: _Job(path, other, drv.inputDrvs[path]) for path, other in others.items()}
+        return {path: self._jobs.get(path) or jobs[path] for path in drv.inputDrvs}
