@@ -6,17 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.protocol.interfaces import IWorkers
-from nixserve.protocol.workers import Door
+from nixserve.protocol.workers import Door, Workers
 from nixserve.store.api import Store, StoreSession
 
-__all__ = ["DeferredSession"]
+__all__ = ["DeferredSession", "openSession"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,9 +32,13 @@ class DeferredSession:
     @ivar session: the session itself, which blocks.
     """
 
-    def __init__(self, door: Door, session: StoreSession) -> None:
+    def __init__(self, door: Door, session: StoreSession, onClose: Callable[[], None] = lambda: None) -> None:
+        """
+        @param onClose: called when the session has been closed.
+        """
         self.door = door
         self.session = session
+        self._onClose = onClose
 
     @classmethod
     def open(
@@ -80,7 +85,14 @@ class DeferredSession:
         @return: fires when that is done.
         """
         self.door.abandon()
-        return self.call(self.session.close)
+        closing = self.call(self.session.close)
+        closing.addBoth(self._closed)
+        return closing
+
+    def _closed(self, result: T) -> T:
+        onClose, self._onClose = self._onClose, lambda: None
+        onClose()
+        return result
 
     async def __aenter__(self) -> DeferredSession:
         return self
@@ -89,3 +101,24 @@ class DeferredSession:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def openSession(reactor: Any, store: Store) -> Deferred[DeferredSession]:
+    """
+    Open a session with worker threads of its own, for who has none to share. They end with it.
+
+    @param reactor: as L{Workers} needs it.
+    """
+    workers = Workers(reactor)
+    workers.start()
+
+    def opened(session: DeferredSession) -> DeferredSession:
+        # When it has closed, no thread has anything to do, so this does not block.
+        session._onClose = workers.stop
+        return session
+
+    def failed(failure: Failure) -> Failure:
+        workers.stop()
+        return failure
+
+    return DeferredSession.open(store, workers).addCallbacks(opened, failed)
