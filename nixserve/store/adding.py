@@ -14,20 +14,24 @@ src/libstore/local-store.cc: addToStore; export-import.cc):
   9. one transaction makes it valid; 10. unlock.
 
 A failure from 6 on leaves the object without a row, and the lock file, empty. So does Nix.
+
+Several small objects go through each step together, so that a step that costs much by itself, the transaction above
+all, is made once for all of them. Nobody waits for a lock meanwhile: the first one that is held ends the batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 from nixserve.codec import base32
 from nixserve.codec.derivation import Derivation
+from nixserve.codec.hashes import hashBytes
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
-from nixserve.errors import FormatError, StoreError
+from nixserve.errors import FormatError, NixServeError, StoreError
 from nixserve.store.api import Busy, InvalidPath, PathWriter
 from nixserve.store.contents import (
     DerivationMemo,
@@ -39,14 +43,18 @@ from nixserve.store.contents import (
     readDerivation,
     sizeMismatch,
 )
-from nixserve.store.files import PathRestorer, deletePath, dumpPath
+from nixserve.store.files import PathRestorer, deletePath, dumpPath, restoreNar
 from nixserve.store.layout import StoreLayout
 from nixserve.store.opening import fileSystemErrors
 from nixserve.store.pathlocks import PathLocks
 from nixserve.store.roots import TempRoots
-from nixserve.store.validpaths import ValidPaths
+from nixserve.store.validpaths import Outputs, ValidPaths
 
-__all__ = ["Adder", "LocalImportWriter", "LocalPathWriter"]
+__all__ = ["MAX_BATCH", "Adder", "LocalImportWriter", "LocalPathWriter"]
+
+MAX_BATCH: Final = 64
+"""Objects in one transaction. Each holds a lock, and that a descriptor, of which a process may have a thousand and
+needs some for every session; more would not make the transaction cheaper by a hundredth."""
 
 #: The name of what is being imported while its path is not known. A random hash part stands before it.
 _SCRATCH_NAME: Final = "nixserve-import"
@@ -89,6 +97,93 @@ class Adder:
         writer = LocalPathWriter(self, info, lock, restorer)
         self.unfinished.add(writer)
         return writer
+
+    def addSmallPaths(self, objects: Sequence[tuple[ValidPathInfo, bytes]]) -> int:
+        """
+        All steps for the first few of several objects, at most L{MAX_BATCH}, up to the first that is refused or locked.
+
+        @param objects: what is said about each, and its whole NAR.
+        @return: how many of them are valid now; 0 says nothing about why.
+        @raise Busy: a collector is at work, or others are writing to the database. Nothing was added.
+        """
+        batch = list(self._acceptable(objects[:MAX_BATCH]))
+        paths = {info.path for info, _ in batch}
+        self.roots.addTempRoots(paths)
+        valid = self._validPaths.queryValidPaths(paths.union(*[info.references for info, _ in batch]))
+        locks: dict[StorePath, PathLocks] = {}
+        with contextlib.ExitStack() as stack:
+            batch = list(self._lockBatch(batch, valid, locks, stack))
+            for path in self._validPaths.queryValidPaths(locks):
+                valid.add(path)
+                locks.pop(path).unlock()
+            made: list[ValidPathInfo] = []
+            outputs: dict[StorePath, Outputs] = {}
+            added = 0
+            with contextlib.suppress(NixServeError):
+                for info, nar in batch:
+                    if info.path not in valid:
+                        outputs[info.path] = self._make(info, nar, valid)
+                        made.append(info)
+                        valid.add(info.path)
+                    added += 1
+            try:
+                if made:
+                    self._validPaths.registerValidPaths(made, outputs)
+            except Busy:
+                raise
+            except StoreError:
+                # It does not tell whose fault this is, and took back all.
+                return 0
+            for info in made:
+                locks[info.path].unlock()
+        return added
+
+    def _acceptable(self, objects: Sequence[tuple[ValidPathInfo, bytes]]) -> Iterator[tuple[ValidPathInfo, bytes]]:
+        """Step 1: those in front of the first that cannot be added."""
+        with contextlib.suppress(NixServeError):
+            for info, nar in objects:
+                checkNewInfo(info, self.layout.storeDir)
+                if len(nar) != info.narSize:
+                    return
+                yield info, nar
+
+    def _lockBatch(
+        self,
+        batch: list[tuple[ValidPathInfo, bytes]],
+        valid: Collection[StorePath],
+        locks: dict[StorePath, PathLocks],
+        stack: contextlib.ExitStack,
+    ) -> Iterator[tuple[ValidPathInfo, bytes]]:
+        """
+        Step 4: those in front of the first whose lock is not to be had.
+
+        @param locks: added to, for those that are not in C{valid}.
+        @param stack: abandons them.
+        """
+        with contextlib.suppress(StoreError):
+            for info, nar in batch:
+                if info.path not in valid and info.path not in locks:
+                    lock = locks[info.path] = PathLocks([self.layout.realPath(info.path)])
+                    stack.callback(lock.abandon)
+                yield info, nar
+
+    def _make(self, info: ValidPathInfo, nar: bytes, valid: Collection[StorePath]) -> Outputs:
+        """
+        Steps 6 to 8 for an object that is there whole, what it says checked before it is written.
+
+        @return: what is registered about its outputs, if it is a derivation.
+        @raise StoreError: something does not match, or the file system refuses.
+        @raise FormatError: the NAR is none, or the derivation.
+        """
+        checkNar(info, hashBytes("sha256", nar), len(nar))
+        checkContentAddress(info, lambda: [nar])
+        for missing in sorted(info.references.difference(valid, [info.path])):
+            raise InvalidPath(missing)
+        real = self.layout.realPath(info.path)
+        if os.path.lexists(real):
+            deletePath(real)
+        restoreNar(real, nar)
+        return derivationOutputs(info.path, self._lookup, self.layout.storeDir, self._memo)
 
     def importPath(self) -> LocalImportWriter:
         """

@@ -13,14 +13,14 @@ Threads: any method may be called from any thread; calls on one session (and wha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError
 
-__all__ = ["Busy", "ImportWriter", "InvalidPath", "PathWriter", "Store", "StoreSession"]
+__all__ = ["Busy", "ImportWriter", "InvalidPath", "PathWriter", "Store", "StoreSession", "addWhole"]
 
 
 class Busy(StoreError):
@@ -142,6 +142,13 @@ class StoreSession(Protocol):
         @raise InvalidPath: at once, not when the first chunk is asked for.
         """
 
+    def narsFromPaths(self, paths: Sequence[StorePath]) -> Iterator[bytes]:
+        """
+        The NARs of several valid paths, one behind the other, in chunks as L{narFromPath}.
+
+        @raise InvalidPath: at once for the first path; for another one from the iterator, when it has come there.
+        """
+
     def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
         """
         An export stream of exactly these paths, references first, byte for byte as C{nix-store --export}
@@ -159,6 +166,20 @@ class StoreSession(Protocol):
         @raise StoreError: the path is of another store directory, its size is unknown, or the content address
             does not give it.
         @raise nixserve.errors.FormatError: a signature is malformed.
+        """
+
+    def addSmallPaths(self, objects: Sequence[tuple[ValidPathInfo, bytes]]) -> int:
+        """
+        Add several small objects at once, which is much faster than one after the other. Each is judged as by
+        L{addToStore}, and may refer to what is valid, to itself, and to what stands before it.
+
+        @param objects: what is said about each, and its whole NAR.
+        @return: how many of them, from the first on, are valid now: at least one, if any were given. If it is
+            fewer than all, call again with the rest; then what there is against the next one is raised, or it
+            is added after all.
+        @raise Busy: nothing was added; call again with the same objects. No lock is kept meanwhile.
+        @raise StoreError: the first object is refused, as by L{addToStore} and its writer. Nothing was added.
+        @raise nixserve.errors.FormatError: likewise.
         """
 
     def importPath(self) -> ImportWriter:
@@ -187,3 +208,20 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Close every session and let go of the store. Safe to call twice."""
+
+
+def addWhole(session: StoreSession, info: ValidPathInfo, nar: bytes) -> None:
+    """
+    Add one object whose NAR is at hand.
+
+    @raise Busy: call again.
+    @raise StoreError: as L{StoreSession.addToStore} and its writer.
+    @raise nixserve.errors.FormatError: likewise.
+    """
+    writer = session.addToStore(info)
+    try:
+        writer.feed(nar)
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise

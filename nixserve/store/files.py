@@ -45,6 +45,7 @@ __all__ = [
     "deletePath",
     "dumpPath",
     "hashPath",
+    "restoreNar",
     "restorePath",
 ]
 
@@ -433,6 +434,52 @@ def restorePath(target: str, chunks: Iterable[bytes]) -> tuple[Hash, int]:
     finally:
         restorer.abort()
     return restorer.narHash, restorer.narSize
+
+
+def restoreNar(target: str, nar: bytes) -> None:
+    """
+    Restore a small NAR that is at hand whole, with the same result and the same care as L{PathRestorer}.
+
+    @raise StoreError: as L{PathRestorer}.
+    @raise nixserve.errors.FormatError: as L{PathRestorer}.
+    """
+    for executable in (False, True):
+        contents = _contentsOf(nar, executable)
+        if contents is not None:
+            try:
+                _restoreFile(target, contents, 0o555 if executable else 0o444)
+            except OSError as error:
+                raise failure("write", target, error) from error
+            if _handsDownAcl(target):
+                canonicalisePathMetaData(target)
+            return
+    restorePath(target, [nar])
+
+
+def _contentsOf(nar: bytes, executable: bool) -> bytes | None:
+    """
+    @return: what is in the only file of a NAR; C{None} for anything else. Such a NAR has one form: what would be
+        written for these contents.
+    """
+    prefix = len(regularStart(b"", executable, 0))
+    size = int.from_bytes(nar[prefix - 8 : prefix], "little")
+    contents = nar[prefix : prefix + size]
+    if nar[:prefix] == regularStart(b"", executable, len(contents)) and nar[prefix + size :] == regularEnd(b"", size):
+        return contents
+    return None
+
+
+def _restoreFile(target: str, contents: bytes, mode: int) -> None:
+    """Create a file in canonical form, but for what it inherits."""
+    file = os.open(target, _CREATE_FLAGS, mode)
+    try:
+        written = os.write(file, contents)
+        while written < len(contents):
+            written += os.write(file, memoryview(contents)[written:])
+        os.fchmod(file, mode)
+        os.utime(file, ns=(time.time_ns(), _MTIME_NS))
+    finally:
+        os.close(file)
 
 
 def canonicalisePathMetaData(

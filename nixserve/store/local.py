@@ -13,7 +13,7 @@ import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, Derivation, drvPathOf, unparse
@@ -24,7 +24,7 @@ from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError
 from nixserve.store.adding import Adder
-from nixserve.store.api import ImportWriter, InvalidPath, PathWriter
+from nixserve.store.api import ImportWriter, InvalidPath, PathWriter, addWhole
 from nixserve.store.contents import readDerivation
 from nixserve.store.database import Database
 from nixserve.store.files import dumpPath
@@ -146,10 +146,15 @@ class LocalSession:
         See L{nixserve.store.api.StoreSession.narFromPath}. The path should be a root of this session: else a collector
         may delete it meanwhile, and the iterator fails.
         """
+        return self.narsFromPaths([path])
+
+    def narsFromPaths(self, paths: Sequence[StorePath]) -> Iterator[bytes]:
+        """See L{nixserve.store.api.StoreSession.narsFromPaths}, and L{narFromPath} on roots."""
         self._requireOpen()
-        if not self._validPaths.isAnyValid([path]):
-            raise InvalidPath(path)
-        return self._guard(_dump(self._layout.realPath(path)))
+        valid = self._validPaths.queryValidPaths(paths)
+        if not valid.issuperset(paths[:1]):
+            raise InvalidPath(paths[0])
+        return self._guard(self._dump(paths, valid))
 
     def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
         """See L{nixserve.store.api.StoreSession.exportPaths}."""
@@ -167,6 +172,20 @@ class LocalSession:
         """
         self._requireWritable()
         return self._adder.addToStore(info)
+
+    def addSmallPaths(self, objects: Sequence[tuple[ValidPathInfo, bytes]]) -> int:
+        """
+        See L{nixserve.store.api.StoreSession.addSmallPaths}.
+
+        @raise nixserve.errors.FormatError: as L{addToStore}.
+        """
+        self._requireWritable()
+        added = self._adder.addSmallPaths(objects)
+        if objects and not added:
+            # Something is against the first one, or was a moment ago. The ordinary way finds what to say about it.
+            addWhole(self, *objects[0])
+            added = 1
+        return added
 
     def importPath(self) -> ImportWriter:
         """
@@ -199,21 +218,14 @@ class LocalSession:
         text = unparse(drv)
         nar = regularStart(b"", False, len(text)) + text + regularEnd(b"", len(text))
         inputDrvs = drv.inputDrvs if isinstance(drv, Derivation) else {}
-        writer = self.addToStore(
-            ValidPathInfo(
-                path=path,
-                narHash=hashBytes("sha256", nar),
-                narSize=len(nar),
-                references=drv.inputSrcs | frozenset(inputDrvs),
-                ca=ContentAddress(ContentAddressMethod.TEXT, hashBytes("sha256", text)),
-            )
+        info = ValidPathInfo(
+            path=path,
+            narHash=hashBytes("sha256", nar),
+            narSize=len(nar),
+            references=drv.inputSrcs | frozenset(inputDrvs),
+            ca=ContentAddress(ContentAddressMethod.TEXT, hashBytes("sha256", text)),
         )
-        try:
-            writer.feed(nar)
-            writer.finish()
-        except BaseException:
-            writer.abort()
-            raise
+        addWhole(self, info, nar)
         return path
 
     def close(self) -> None:
@@ -254,6 +266,12 @@ class LocalSession:
         # The end of the session closes a stream, which here looks like its end.
         self._requireOpen()
 
+    def _dump(self, paths: Sequence[StorePath], valid: Collection[StorePath]) -> Generator[bytes, None, None]:
+        for path in paths:
+            if path not in valid:
+                raise InvalidPath(path)
+            yield from dumpPath(self._layout.realPath(path))
+
     def _export(self, infos: list[ValidPathInfo]) -> Generator[bytes, None, None]:
         for info in infos:
             yield writeExportMarker(True)
@@ -267,7 +285,3 @@ class LocalSession:
                 raise StoreError(f"hash of path '{info.path}' has changed from '{info.narHash}' to '{found}'")
             yield writeImportItem(ImportItem(info.path, info.references, info.deriver))
         yield writeExportMarker(False)
-
-
-def _dump(path: str) -> Generator[bytes, None, None]:
-    yield from dumpPath(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -20,8 +20,8 @@ from nixserve.codec.nar import NarParser
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.errors import FormatError, StoreError
-from nixserve.store.api import Busy, ImportWriter, InvalidPath, PathWriter
+from nixserve.errors import FormatError, NixServeError, StoreError
+from nixserve.store.api import Busy, ImportWriter, InvalidPath, PathWriter, addWhole
 from nixserve.store.contents import (
     DerivationMemo,
     DrainingWriter,
@@ -211,7 +211,12 @@ class MemorySession:
 
     def narFromPath(self, path: StorePath) -> Iterator[bytes]:
         """See L{nixserve.store.api.StoreSession.narFromPath}."""
-        return self._chunks(self._require([path])[path].nar)
+        return self.narsFromPaths([path])
+
+    def narsFromPaths(self, paths: Sequence[StorePath]) -> Iterator[bytes]:
+        """See L{nixserve.store.api.StoreSession.narsFromPaths}."""
+        self._require(paths[:1])
+        return self._nars(paths, self._store.lookUp(paths))
 
     def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
         """See L{nixserve.store.api.StoreSession.exportPaths}."""
@@ -228,6 +233,17 @@ class MemorySession:
         checkNewInfo(info, self.storeDir)
         self.addTempRoots([info.path])
         return _PathWriter(self._store, self, info) if self._store.lock(info.path, self) else DrainingWriter(info)
+
+    def addSmallPaths(self, objects: Sequence[tuple[ValidPathInfo, bytes]]) -> int:
+        """See L{nixserve.store.api.StoreSession.addSmallPaths}."""
+        for added, (info, nar) in enumerate(objects):
+            try:
+                addWhole(self, info, nar)
+            except NixServeError:
+                if added:
+                    return added
+                raise
+        return len(objects)
 
     def importPath(self) -> ImportWriter:
         """See L{nixserve.store.api.StoreSession.importPath}. Never busy."""
@@ -260,6 +276,12 @@ class MemorySession:
         for start in range(0, len(nar), _CHUNK_SIZE):
             self.requireOpen()
             yield nar[start : start + _CHUNK_SIZE]
+
+    def _nars(self, paths: Sequence[StorePath], objects: Mapping[StorePath, _Object]) -> Iterator[bytes]:
+        for path in paths:
+            if path not in objects:
+                raise InvalidPath(path)
+            yield from self._chunks(objects[path].nar)
 
     def _export(self, objects: list[_Object]) -> Iterator[bytes]:
         for entry in objects:

@@ -11,7 +11,8 @@ Nix 2.8, src/libstore/pathlocks.cc. Three rules of Nix's matter to every other p
   3. After failure the holder only closes: the half-made object stays for the next one, who takes the same file.
 
 Order of locks: the temporary root of the path comes first, for a collector deletes lock files of paths without
-one, held or not; never take a path lock while holding C{gc.lock}; several paths are locked in sorted order.
+one, held or not; never take a path lock while holding C{gc.lock}; several paths are locked in sorted order, or in
+any order by whoever never waits for one while holding another.
 """
 
 from __future__ import annotations

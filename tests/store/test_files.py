@@ -27,6 +27,7 @@ from nixserve.store.files import (
     deletePath,
     dumpPath,
     hashPath,
+    restoreNar,
     restorePath,
 )
 from tests.vectors.nar import trees
@@ -218,11 +219,12 @@ class TestRestore:
         try:
             restore(place + "/x", trees.nar("nested"))
             restore(place + "/y", trees.nar("executable"))
+            restoreNar(place + "/z", trees.nar("executable"))
         finally:
             os.umask(old)
         assert trees.read(os.fsencode(place) + b"/x") == TREES["nested"]
-        assertCanonical(place + "/x")
-        assertCanonical(place + "/y")
+        for name in "xyz":
+            assertCanonical(f"{place}/{name}")
 
     @needsRoot
     @pytest.mark.parametrize("umask", ["0o777", "0o300", "0o400"])
@@ -255,9 +257,11 @@ class TestRestore:
         except OSError:
             pytest.skip("no access control lists here")
         restore(place + "/x", trees.nar("nested"))
-        assertCanonical(place + "/x")
-        for path, _ in walk(place + "/x"):
-            assert os.listxattr(path, follow_symlinks=False) == []
+        restoreNar(place + "/y", trees.nar("executable"))
+        for name in "xy":
+            assertCanonical(f"{place}/{name}")
+            for path, _ in walk(f"{place}/{name}"):
+                assert os.listxattr(path, follow_symlinks=False) == []
 
     @pytest.mark.parametrize("name", TREES)
     def test_targetExists(self, place, name):
@@ -387,6 +391,63 @@ class TestRestore:
         restore(place + "/x", encode(tree), 1 << 16)
         monkeypatch.undo()
         assert trees.read(os.fsencode(place) + b"/x") == tree
+
+
+class TestRestoreNar:
+    """restoreNar: a NAR that is at hand whole"""
+
+    @pytest.mark.parametrize("name", TREES)
+    def test_golden(self, place, name):
+        """The result is that of a NAR in pieces."""
+        before = openFiles()
+        restoreNar(place + "/x", trees.nar(name))
+        assert openFiles() == before
+        assert trees.read(os.fsencode(place) + b"/x") == TREES[name]
+        assertCanonical(place + "/x")
+
+    @pytest.mark.parametrize("name", TREES)
+    def test_targetExists(self, place, name):
+        """Whatever lies at the target, nothing of it is touched."""
+        for existing in (File(b"old"), Link(os.fsencode(place) + b"/elsewhere"), Link(b"/etc"), {}):
+            trees.write(existing, os.fsencode(place) + b"/x")
+            with pytest.raises(StoreError, match=f"cannot write '{place}/x': File exists"):
+                restoreNar(place + "/x", trees.nar(name))
+            assert trees.read(os.fsencode(place) + b"/x") == existing
+            assert os.listdir(place) == ["x"]
+            deletePath(place + "/x")
+
+    def test_noNar(self, place):
+        """Whatever is not byte for byte the NAR of a file is read with all care, and refused."""
+        data = trees.nar("executable")
+        bad = [data[:end] for end in range(len(data))]
+        bad += [data + b"\0", data + bytes(8), data[:-8] + b"\1" + data[-7:]]
+        contents = data.index(TREES["executable"].data)
+        bad += [data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :] for at in range(contents)]
+        for one in bad:
+            with pytest.raises(FormatError):
+                restoreNar(place + "/x", one)
+            deletePath(place + "/x")
+
+    def test_diskFull(self, place, monkeypatch):
+        """What the file system refuses is an error with the name of the file; nothing stays open."""
+
+        def refuse(fd, data):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "write", refuse)
+        before = openFiles()
+        with pytest.raises(StoreError, match=f"cannot write '{place}/x': No space left on device"):
+            restoreNar(place + "/x", trees.nar("executable"))
+        assert openFiles() == before
+
+    def test_shortWrites(self, place, monkeypatch):
+        """The kernel may take less than it is given."""
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:3000]))
+        contents = os.urandom(20_001)
+        restoreNar(place + "/x", encode(File(contents)))
+        monkeypatch.undo()
+        assert trees.read(os.fsencode(place) + b"/x") == File(contents)
 
 
 LEVELS = 3000

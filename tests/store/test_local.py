@@ -18,7 +18,7 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError
 from nixserve.store import adding
-from nixserve.store.api import Busy
+from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.testing import Executable, StoreContract, addObject, makeInfo, makeNar
@@ -127,6 +127,142 @@ def test_debris(store, layout):
     writer.feed(TREE[:-8])
     writer.abort()
     assert set(os.listdir(layout.realStoreDir)) == {".links", os.path.basename(real), os.path.basename(real) + ".lock"}
+
+
+def small(count, start=0):
+    """Some small objects with their NARs."""
+    nars = [makeNar(b"%d" % number) for number in range(start, start + count)]
+    return [(makeInfo(f"small-{number}", nar), nar) for number, nar in enumerate(nars, start)]
+
+
+def addAll(session, objects):
+    """Add objects in as many batches as it takes."""
+    added = 0
+    while added < len(objects):
+        added += session.addSmallPaths(objects[added:])
+
+
+def test_batchOnDisk(store, layout):
+    """What came in a batch is canonical, what lay in its place is gone, and so is every lock file."""
+    objects = [*small(100), (makeInfo("tree", TREE), TREE)]
+    real = layout.realPath(objects[1][0].path)
+    os.makedirs(real + "/left/over")
+    session = store.openSession()
+    before = openFiles()
+    # One more of the same is valid by then, and in nobody's way.
+    assert session.addSmallPaths([*objects[:5], objects[2]]) == 6
+    addAll(session, objects)
+    assert len(openFiles()) <= len(before) + 2, "the file of temporary roots and gc.lock"
+    assert set(os.listdir(layout.realStoreDir)) == {".links", *(info.path.baseName for info, _ in objects)}
+    found = os.lstat(real)
+    assert (stat.S_IMODE(found.st_mode), found.st_mtime, found.st_size) == (0o444, 1, 1)
+
+
+def test_batchIsOneTransaction(store, layout, monkeypatch):
+    """A batch takes one transaction, until the batch would hold too many locks."""
+    transactions = []
+    register = store.validPaths.registerValidPaths
+    monkeypatch.setattr(
+        store.validPaths,
+        "registerValidPaths",
+        lambda infos, outputs: transactions.append(len(infos)) or register(infos),
+    )
+    addAll(store.openSession(), small(adding.MAX_BATCH + 5))
+    assert transactions == [adding.MAX_BATCH, 5]
+
+
+def test_batchDebris(store, layout):
+    """Those behind one that is refused leave an empty lock file and nothing else; those before it are in order."""
+    objects = small(3)
+    info, nar = objects[1]
+    objects[1] = replace(info, narHash=hashBytes("sha256", b"")), nar
+    assert store.openSession().addSmallPaths(objects) == 1
+    first, *others = [info.path.baseName for info, _ in objects]
+    assert set(os.listdir(layout.realStoreDir)) == {".links", first, *(name + ".lock" for name in others)}
+    assert all(os.path.getsize(f"{layout.realStoreDir}/{name}.lock") == 0 for name in others)
+
+
+def test_batchAndABusyDatabase(store, layout):
+    """Another writer in the database makes a batch busy: nothing is added, no lock is kept, a later try succeeds."""
+    objects = small(3)
+    session = store.openSession()
+    other = sqlite3.connect(layout.dbPath, isolation_level=None)
+    other.execute("begin immediate")
+    with pytest.raises(Busy, match="database"):
+        session.addSmallPaths(objects)
+    assert session.queryValidPaths([info.path for info, _ in objects]) == set()
+    for info, _ in objects:
+        store.openSession().addToStore(info).abort()
+    other.execute("commit")
+    other.close()
+    assert session.addSmallPaths(objects) == 3
+
+
+def test_batchLosesAReference(store, monkeypatch):
+    """A reference that is deleted in the last moment is noticed, and costs only the object that has it."""
+    (gone, goneNar), first, (second, nar), third = small(4)
+    session = store.openSession()
+    addObject(session, gone, goneNar)
+    objects = [first, (replace(second, references=frozenset({gone.path})), nar), third]
+    register = store.validPaths.registerValidPaths
+
+    def race(infos, outputs):
+        store.validPaths.invalidatePath(gone.path)
+        register(infos, outputs)
+
+    monkeypatch.setattr(store.validPaths, "registerValidPaths", race)
+    assert session.addSmallPaths(objects) == 1
+    with pytest.raises(InvalidPath) as caught:
+        session.addSmallPaths(objects[1:])
+    assert caught.value.path == gone.path
+
+
+def test_batchValidBetween(store, monkeypatch):
+    """What becomes valid between the first look and the lock is left alone, with the others added."""
+    objects = small(3)
+    original = adding.PathLocks
+    inodes = []
+
+    def race(paths):
+        monkeypatch.setattr(adding, "PathLocks", original)
+        addObject(store.openSession(), *objects[0])
+        inodes.append(os.stat(store.layout.realPath(objects[0][0].path)).st_ino)
+        return original(paths)
+
+    monkeypatch.setattr(adding, "PathLocks", race)
+    assert store.openSession().addSmallPaths(objects) == 3
+    assert os.stat(store.layout.realPath(objects[0][0].path)).st_ino == inodes[0]
+    assert not [name for name in os.listdir(store.layout.realStoreDir) if name.endswith(".lock")]
+
+
+def test_manyBatches(store):
+    """Sessions in many threads add the same objects in different orders; each ends up valid, and nobody hangs."""
+    objects = small(200)
+    failures = []
+
+    def work(worker):
+        session = store.openSession()
+        todo = objects if worker % 2 else objects[::-1]
+        added = 0
+        try:
+            while added < len(todo):
+                try:
+                    added += session.addSmallPaths(todo[added:])
+                except Busy:
+                    threading.Event().wait(0.005)
+        except Exception as error:
+            failures.append(error)
+        finally:
+            session.close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    assert store.validPaths.queryAllValidPaths() == {info.path for info, _ in objects}
+    assert set(os.listdir(store.layout.realStoreDir)) == {".links", *(info.path.baseName for info, _ in objects)}
 
 
 def test_surplusIsNotKept(store):
@@ -248,7 +384,12 @@ def test_readOnly(store, layout):
     reader = LocalStore(replace(layout, readOnly=True))
     session = reader.openSession()
     assert session.queryValidPaths([info.path]) == {info.path}
-    for use in (session.addTempRoots, lambda paths: session.addToStore(info), lambda paths: session.importPath()):
+    for use in (
+        session.addTempRoots,
+        lambda paths: session.addToStore(info),
+        lambda paths: session.addSmallPaths([(info, HELLO)]),
+        lambda paths: session.importPath(),
+    ):
         with pytest.raises(StoreError, match="read-only"):
             use([info.path])
     other = makeInfo("y", HELLO)
@@ -321,8 +462,10 @@ def test_nixVerifies(store, nix):
     writer.feed(TREE)
     imported = makeInfo("imported", TREE, [b.path]).path
     writer.finish(imported, [imported, b.path], None)
+    objects = [*small(3), (makeInfo("tree", TREE, [imported]), TREE)]
+    addAll(session, objects)
     nix("--verify", "--check-contents")
-    paths = [a.path, b.path, imported]
+    paths = [a.path, b.path, imported, *(info.path for info, _ in objects)]
     assert nix("-q", "--hash", *paths).split() == [
         str(session.queryPathInfos([path])[path].narHash).encode() for path in paths
     ]

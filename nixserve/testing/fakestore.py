@@ -1,0 +1,172 @@
+"""
+A store in memory that says what it was asked, and fails when told.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.store.api import ImportWriter, PathWriter, StoreSession
+from nixserve.store.memory import MemoryStore
+from nixserve.testing.objects import Tree, addObject, makeInfo, makeNar
+
+__all__ = ["FakeStore"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class FakeStore:
+    """
+    L{nixserve.store.api.Store} over a L{MemoryStore}.
+
+    @ivar inner: the store itself, where nothing is recorded and nothing fails.
+    @ivar calls: names and arguments of all calls on its sessions and their writers, and of C{openSession}, in order.
+    """
+
+    def __init__(self, storeDir: StoreDir | None = None) -> None:
+        self.inner = MemoryStore(storeDir)
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self._failures: dict[str, deque[Exception | None]] = {}
+
+    @property
+    def storeDir(self) -> StoreDir:
+        """The logical store directory."""
+        return self.inner.storeDir
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all calls."""
+        return [name for name, _ in self.calls]
+
+    def fail(self, name: str, *errors: Exception | None) -> None:
+        """
+        Have the next calls of a method fail, each with one of these; with C{None} one succeeds.
+
+        @param name: of a method of a session or of what it gives out: C{queryValidPaths}, C{addToStore}, C{feed},
+            C{finish} …
+        @param errors: L{nixserve.store.api.Busy}, L{nixserve.errors.StoreError}, C{OSError} …
+        """
+        self._failures.setdefault(name, deque()).extend(errors)
+
+    def add(self, name: str, tree: Tree, references: Collection[StorePath] = (), **fields: Any) -> ValidPathInfo:
+        """
+        Make an object valid, unrecorded.
+
+        @return: what is registered about it: see L{makeInfo}.
+        """
+        nar = makeNar(tree)
+        info = makeInfo(name, nar, references, self.storeDir, **fields)
+        session = self.inner.openSession()
+        try:
+            addObject(session, info, nar)
+        finally:
+            session.close()
+        return info
+
+    def valid(self, infos: Collection[ValidPathInfo]) -> list[ValidPathInfo]:
+        """Those of C{infos} whose paths are valid, in order; unrecorded."""
+        found = self.inner.lookUp([info.path for info in infos])
+        return [info for info in infos if info.path in found]
+
+    def openSession(self) -> StoreSession:
+        """See L{nixserve.store.api.Store}."""
+        return _FakeSession(self, self.perform(self.inner.openSession))
+
+    def close(self) -> None:
+        """See L{nixserve.store.api.Store}."""
+        self.inner.close()
+
+    def perform(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Record a call; then fail, or do it."""
+        self.calls.append((method.__name__, args))
+        failures = self._failures.get(method.__name__)
+        failure = failures.popleft() if failures else None
+        if failure is not None:
+            raise failure
+        return method(*args, **kwargs)
+
+
+class _FakeSession:
+    """L{StoreSession}; its methods are described there."""
+
+    def __init__(self, store: FakeStore, inner: StoreSession) -> None:
+        self._store = store
+        self._inner = inner
+        self._do = store.perform
+
+    @property
+    def storeDir(self) -> StoreDir:
+        return self._store.storeDir
+
+    def addTempRoots(self, paths: Collection[StorePath]) -> None:
+        self._do(self._inner.addTempRoots, paths)
+
+    def queryValidPaths(self, paths: Collection[StorePath]) -> set[StorePath]:
+        return self._do(self._inner.queryValidPaths, paths)
+
+    def queryPathInfos(self, paths: Collection[StorePath]) -> dict[StorePath, ValidPathInfo]:
+        return self._do(self._inner.queryPathInfos, paths)
+
+    def queryClosure(self, paths: Collection[StorePath], includeOutputs: bool = False) -> set[StorePath]:
+        return self._do(self._inner.queryClosure, paths, includeOutputs)
+
+    def narFromPath(self, path: StorePath) -> Iterator[bytes]:
+        return self._do(self._inner.narFromPath, path)
+
+    def narsFromPaths(self, paths: Sequence[StorePath]) -> Iterator[bytes]:
+        return self._do(self._inner.narsFromPaths, paths)
+
+    def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
+        return self._do(self._inner.exportPaths, paths)
+
+    def addToStore(self, info: ValidPathInfo) -> PathWriter:
+        return _FakePathWriter(self._store, self._do(self._inner.addToStore, info))
+
+    def addSmallPaths(self, objects: Sequence[tuple[ValidPathInfo, bytes]]) -> int:
+        return self._do(self._inner.addSmallPaths, objects)
+
+    def importPath(self) -> ImportWriter:
+        return _FakeImportWriter(self._store, self._do(self._inner.importPath))
+
+    def close(self) -> None:
+        self._do(self._inner.close)
+
+
+class _FakePathWriter:
+    """L{PathWriter}; its methods are described there."""
+
+    def __init__(self, store: FakeStore, inner: PathWriter) -> None:
+        self.alreadyValid = inner.alreadyValid
+        self._inner = inner
+        self._do = store.perform
+
+    def feed(self, data: bytes) -> None:
+        self._do(self._inner.feed, data)
+
+    def finish(self) -> None:
+        self._do(self._inner.finish)
+
+    def abort(self) -> None:
+        self._do(self._inner.abort)
+
+
+class _FakeImportWriter:
+    """L{ImportWriter}; its methods are described there."""
+
+    def __init__(self, store: FakeStore, inner: ImportWriter) -> None:
+        self._inner = inner
+        self._do = store.perform
+
+    def feed(self, data: bytes) -> None:
+        self._do(self._inner.feed, data)
+
+    def finish(self, path: StorePath, references: Collection[StorePath], deriver: StorePath | None) -> None:
+        self._do(self._inner.finish, path, references, deriver)
+
+    def abort(self) -> None:
+        self._do(self._inner.abort)

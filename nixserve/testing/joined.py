@@ -1,0 +1,394 @@
+"""
+A client and a server joined in memory: the whole conversation, without sockets, threads or a reactor.
+
+Whoever uses a L{ServeClient} can be tested against a real server on a store in memory, with what usually goes wrong::
+
+    joined = Joined(store)
+    valid = joined.client.queryValidPaths(paths)
+    joined.flush()
+    assert joined.result(valid) == ...
+    joined.cut()
+
+Nothing moves unless L{Joined.flush}, L{Joined.turn} or L{Joined.result} says so. With C{reactor=} everything moves by
+itself, in that reactor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTerminated
+from twisted.internet.interfaces import IAddress
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from nixserve.protocol.client import ServeClient
+from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.protocol.interfaces import IBuilds, IServeTransport, IWorkers
+from nixserve.protocol.policy import EVERYTHING, Peer, Policy
+from nixserve.protocol.server import ServeServer
+from nixserve.protocol.workers import Door
+from nixserve.store.api import Store
+from nixserve.store.memory import MemoryStore
+from nixserve.testing.building import Script, ScriptedBuilds
+
+__all__ = ["ImmediateWorkers", "Joined", "MemoryTransport", "Pair"]
+
+T = TypeVar("T")
+
+CAPACITY = 64 * 1024
+"""Bytes on their way in one direction after which the sender is paused, as by a real connection."""
+
+
+@implementer(IWorkers)
+class ImmediateWorkers:
+    """
+    Workers that run everything at once, in the thread that asks.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        """
+        @param reactor: by whose clock waits for locks are counted.
+        """
+        self.reactor = reactor
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:
+        """See L{IWorkers}."""
+        return maybeDeferred(function, *args, **kwargs)
+
+
+@implementer(IServeTransport)
+class MemoryTransport:
+    """
+    One end of a L{Pair}.
+
+    @ivar written: what is on its way to the other end.
+    @ivar errors: the same for standard error.
+    @ivar status: what the session has ended with, once it has.
+    @ivar paused: its protocol takes nothing for now.
+    @ivar capacity: bytes on their way after which the producer is paused.
+    @ivar mostUnread: the most bytes that were on their way at any time.
+    """
+
+    def __init__(self, wake: Callable[[], None] = lambda: None, capacity: int = CAPACITY) -> None:
+        """
+        @param wake: called when something may move.
+        """
+        self.written = bytearray()
+        self.errors = bytearray()
+        self.status: int | None = None
+        self.aborted = False
+        self.closing = False
+        self.paused = False
+        self.producer: Any = None
+        self.capacity = capacity
+        self.mostUnread = 0
+        self.sent = 0
+        self._producerPaused = False
+        self._wake = wake
+
+    def write(self, data: bytes) -> None:
+        """See L{IServeTransport}."""
+        if self.status is None and not self.aborted:
+            self.written += data
+            self.mostUnread = max(self.mostUnread, len(self.written))
+            self._throttle()
+            self._wake()
+
+    def writeSequence(self, data: Any) -> None:
+        """See L{IServeTransport}."""
+        self.write(b"".join(data))
+
+    def writeError(self, data: bytes) -> None:
+        """See L{IServeTransport}."""
+        if self.status is None:
+            self.errors += data
+            self._wake()
+
+    def take(self, most: int) -> bytes:
+        """
+        The other end reads.
+
+        @param most: how many bytes at most.
+        """
+        data = bytes(self.written[:most])
+        del self.written[:most]
+        self.sent += len(data)
+        return data
+
+    def taken(self) -> None:
+        """What was read has been dealt with: the producer may have to go on."""
+        if self.producer is not None and self._producerPaused and len(self.written) <= self.capacity:
+            self._producerPaused = False
+            self.producer.resumeProducing()
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """See L{IServeTransport}."""
+        assert streaming and self.producer is None, "one push producer at a time"
+        self.producer = producer
+        self._throttle()
+
+    def unregisterProducer(self) -> None:
+        """See L{IServeTransport}."""
+        self.producer = None
+        self._producerPaused = False
+
+    def pauseProducing(self) -> None:
+        """See L{IServeTransport}."""
+        assert not self.paused, "paused twice"
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        """See L{IServeTransport}."""
+        self.paused = False
+        self._wake()
+
+    def stopProducing(self) -> None:
+        """See L{IServeTransport}."""
+        self.abortConnection()
+
+    def exit(self, status: int) -> None:
+        """See L{IServeTransport}."""
+        if self.status is None:
+            self.status = status
+            self._wake()
+
+    def loseConnection(self) -> None:
+        """See L{IServeTransport}."""
+        self.closing = True
+        self._wake()
+
+    def abortConnection(self) -> None:
+        """See L{IServeTransport}."""
+        self.aborted = self.closing = True
+        self._wake()
+
+    def getPeer(self) -> IAddress:
+        """See L{IServeTransport}."""
+        return _HERE
+
+    def getHost(self) -> IAddress:
+        """See L{IServeTransport}."""
+        return _HERE
+
+    def _throttle(self) -> None:
+        if self.producer is not None and not self._producerPaused and len(self.written) > self.capacity:
+            self._producerPaused = True
+            self.producer.pauseProducing()
+
+
+@implementer(IAddress)
+class _MemoryAddress:
+    def __repr__(self) -> str:
+        return "memory"
+
+
+_HERE = _MemoryAddress()
+
+
+class Pair:
+    """
+    The connection between a client's and a server's protocol.
+
+    @ivar piece: the most bytes that are delivered at once: what depends on how bytes are cut shows with small ones.
+    @ivar clientSide: the client's transport.
+    @ivar serverSide: the server's.
+    @ivar over: the connection is gone.
+    """
+
+    def __init__(self, client: Any, server: Any, piece: int = 1 << 20, wake: Callable[[], None] = lambda: None) -> None:
+        """
+        @param client: provides L{nixserve.protocol.interfaces.IErrorReceiver} as well.
+        @param server: provides L{twisted.internet.interfaces.IHalfCloseableProtocol} as well.
+        @param wake: called when something may move.
+        """
+        self.piece = piece
+        self.client, self.server = client, server
+        self.clientSide, self.serverSide = MemoryTransport(wake), MemoryTransport(wake)
+        self.over = False
+        self._eofSent = False
+        server.makeConnection(self.serverSide)
+        client.makeConnection(self.clientSide)
+
+    def turn(self) -> bool:
+        """
+        Deliver one piece in each direction.
+
+        @return: whether anything moved.
+        """
+        moved = self._move(self.clientSide, self.serverSide, self.server.dataReceived)
+        moved |= self._move(self.serverSide, self.clientSide, self.client.dataReceived)
+        if self.serverSide.errors:
+            data, self.serverSide.errors = bytes(self.serverSide.errors), bytearray()
+            self.client.errorReceived(data)
+            moved = True
+        return moved | self._end()
+
+    def flush(self, work: Callable[[], Any] = lambda: None) -> None:
+        """
+        Deliver until nothing moves.
+
+        @param work: called in between, for workers that wait to be told.
+        """
+        work()
+        while self.turn():
+            work()
+
+    def lose(self, reason: BaseException | None = None) -> None:
+        """
+        The connection breaks: neither end gets another byte.
+
+        @param reason: what both ends hear.
+        """
+        if not self.over:
+            self.over = True
+            failure = Failure(reason or ConnectionLost())
+            self.server.connectionLost(failure)
+            self.client.connectionLost(failure)
+
+    def _move(self, source: MemoryTransport, target: MemoryTransport, deliver: Callable[[bytes], None]) -> bool:
+        if target.paused or not source.written or self.over:
+            return False
+        data = source.take(self.piece)
+        if target.status is None:
+            deliver(data)
+        source.taken()
+        return True
+
+    def _end(self) -> bool:
+        if self.over:
+            return False
+        if self.clientSide.aborted or self.serverSide.aborted:
+            self.lose()
+            return True
+        if self.serverSide.status is not None and not self.serverSide.written:
+            self.lose(ProcessTerminated(self.serverSide.status) if self.serverSide.status else ConnectionDone())
+            return True
+        if self.clientSide.closing and not self.clientSide.written and not self._eofSent:
+            self._eofSent = True
+            self.server.readConnectionLost()
+            return True
+        return False
+
+
+class Joined:
+    """
+    A client's session on a server of ours.
+
+    @ivar store: what is served.
+    @ivar client: whose methods are to be called.
+    @ivar server: the other end.
+    @ivar clock: by which both ends count time: that of the workers, a L{Clock} unless there is a reactor.
+    @ivar workers: where the server blocks.
+    @ivar said: what the server wrote on its standard error.
+    @ivar pair: the connection.
+    """
+
+    def __init__(
+        self,
+        store: Store | None = None,
+        *,
+        policy: Policy = EVERYTHING,
+        build: Script | None = None,
+        builds: IBuilds | None = None,
+        piece: int = 1 << 20,
+        workers: IWorkers | None = None,
+        reactor: Any = None,
+        onError: Callable[[bytes], None] = lambda data: None,
+        name: str = "memory",
+    ) -> None:
+        """
+        @param store: an empty L{MemoryStore} if not given.
+        @param policy: what the client may do.
+        @param build: answers builds, see L{ScriptedBuilds}; without it and C{builds} they are refused.
+        @param builds: who builds instead.
+        @param piece: the most bytes that are delivered at once.
+        @param workers: where the server blocks; at once, if not given. If they have a method C{drain}, it is called
+            whenever something may move.
+        @param reactor: have everything move by itself, in this reactor.
+        @param onError: called with the server's standard error, too.
+        @param name: of the remote, in the client's errors.
+        """
+        self.store: Store = MemoryStore() if store is None else store
+        if workers is None:
+            workers = ImmediateWorkers(Clock() if reactor is None else reactor)
+        self.clock: Any = workers.reactor
+        self.said = bytearray()
+        self._onError = onError
+        self._reactor = reactor
+        self._scheduled = False
+        self.workers = workers
+        self.client = ServeClient(self.store.storeDir, self._errorReceived, name, self.clock)
+        if build is not None:
+            builds = ScriptedBuilds(build)
+        self.server = ServeServer(
+            # What it asks of builds is what the interface says.
+            *(self.store, self.workers, policy, Peer("memory"), self.clock),
+            builds=cast(Any, builds),
+        )
+        self.pair = Pair(self.client, self.server, piece, self._wake)
+
+    def turn(self) -> bool:
+        """
+        One piece moves in each direction.
+
+        @return: whether anything did.
+        """
+        return self.pair.turn()
+
+    def flush(self) -> Joined:
+        """Everything moves until nothing does; what waits for time goes on waiting."""
+        self.pair.flush(self.work)
+        return self
+
+    def advance(self, seconds: float) -> Joined:
+        """
+        Time passes, then everything moves. Somebody who waits for a lock tries again.
+        """
+        self.flush()
+        self.clock.advance(seconds)
+        return self.flush()
+
+    def result(self, deferred: Deferred[T]) -> T:
+        """
+        Everything moves.
+
+        @return: what C{deferred} has fired with.
+        @raise AssertionError: it has not.
+        """
+        self.flush()
+        seen: list[Any] = []
+        deferred.addBoth(seen.append)
+        assert seen, "nothing moves any more, and there is no result"
+        if isinstance(seen[0], Failure):
+            seen[0].raiseException()
+        return cast(T, seen[0])
+
+    def cut(self) -> None:
+        """The connection breaks, whatever was on its way. What each end can do to it, C{client.cut()} does."""
+        self.pair.lose()
+
+    def session(self, store: Store) -> DeferredSession:
+        """A session of a store on the client's side, for copying from or to."""
+        return DeferredSession(Door(ImmediateWorkers(self.clock)), store.openSession())
+
+    def work(self) -> None:
+        """Workers that wait to be told do what there is to do."""
+        getattr(self.workers, "drain", lambda: None)()
+
+    def _errorReceived(self, data: bytes) -> None:
+        self.said += data
+        self._onError(data)
+
+    def _wake(self) -> None:
+        if self._reactor is not None and not self._scheduled:
+            self._scheduled = True
+            self._reactor.callLater(0, self._move)
+
+    def _move(self) -> None:
+        self._scheduled = False
+        if self.turn():
+            self._wake()
