@@ -11,9 +11,9 @@ without a row is an error: of the peer if it came from the wire (L{RemoteProtoco
 Whose fault something is, is decided here once: a L{FormatError} caused by bytes of the peer becomes a
 L{RemoteProtocolError}.
 
-The server reads strictly one request after the other, like Nix: between the end of a request and the end of its
-reply L{ServerConnection.nextEvent} answers L{PAUSED}, and what arrives waits. The client may have any number of
-requests under way; replies come in order.
+The server reads one request after the other, like Nix: between the end of a request and the end of its reply
+L{ServerConnection.nextEvent} answers L{PAUSED}, and what arrives waits; unless its owner postpones the reply, to see
+first whether more of the kind follows. The client may have any number of requests under way; replies come in order.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ __all__ = [
     "CLIENT_SENDING",
     "NEED_DATA",
     "PAUSED",
+    "SERVER_POSTPONED",
     "SERVER_STEPS",
     "ClientConnection",
     "ClientEvent",
@@ -117,6 +118,7 @@ class Step(enum.Enum):
     ITEM = "end of an object"
     IMPORT_END = "end of the export stream"
     REPLY = "reply"
+    POSTPONE = "postponed reply"
     STREAM_START = "start of a stream"
     STREAM_END = "end of a stream"
     EOF = "end of input"
@@ -138,10 +140,19 @@ SERVER_STEPS: dict[tuple[State, Step], State] = {
     (State.IMPORT_ITEM, Step.ITEM): State.IMPORT,
     (State.IMPORT, Step.IMPORT_END): State.REPLY,
     (State.REPLY, Step.REPLY): State.IDLE,
+    (State.REPLY, Step.POSTPONE): State.IDLE,
     (State.REPLY, Step.STREAM_START): State.STREAM,
     (State.STREAM, Step.STREAM_END): State.IDLE,
 }
-"""The server's side: what it receives and sends is one sequence."""
+"""The server's side: what it receives and sends is one sequence, but for replies that it postpones."""
+
+SERVER_POSTPONED: dict[tuple[State, Step], State] = {
+    (State.IDLE, Step.REPLY): State.IDLE,
+    (State.IDLE, Step.STREAM_START): State.STREAM,
+    (State.STREAM, Step.STREAM_END): State.IDLE,
+}
+"""The server's postponed replies, independent of what it receives meanwhile, even of its end. They come before
+any other."""
 
 CLIENT_SENDING: dict[tuple[State, Step], State] = {
     (State.HELLO, Step.HELLO): State.IDLE,
@@ -295,6 +306,10 @@ class ServerConnection(_Receiver):
         self.version = announced
         self._machine = _Machine(State.MAGIC, SERVER_STEPS)
         self._command = Command.QUERY_VALID_PATHS
+        self._replying = _Machine(State.IDLE, SERVER_POSTPONED)
+        self._postponed: deque[Command] = deque()
+        # Replies in the stream that is being sent.
+        self._streams = 0
 
     @property
     def state(self) -> State:
@@ -317,20 +332,55 @@ class ServerConnection(_Receiver):
         self._machine.go(Step.HELLO)
         return encodeU64(serve.SERVER_MAGIC) + encodeU64(self.announced)
 
-    def sendReply(self, value: Any) -> bytes:
-        """The reply to the request; L{nixserve.codec.serve.readReply} says what C{value} is."""
-        if self._command in _STREAMED:
-            raise LocalProtocolError(f"the reply to {self._command.name} is a stream")
-        self._machine.go(Step.REPLY)
-        return writeReply(self._command, value, self.version)
+    @property
+    def postponed(self) -> int:
+        """How many replies have been postponed and not been sent."""
+        return len(self._postponed)
 
-    def startStream(self) -> None:
-        """From here to L{endStream} the owner sends the bytes of a NAR or export stream."""
-        self._machine.go(Step.STREAM_START)
+    def postponeReply(self) -> None:
+        """
+        Read on before the request that is complete now is answered. From here on what replies is for the oldest request
+        without a reply, wherever the conversation stands.
+        """
+        self._machine.go(Step.POSTPONE)
+        self._postponed.append(self._command)
+
+    def sendReply(self, value: Any) -> bytes:
+        """
+        The reply to the oldest request that has none; L{nixserve.codec.serve.readReply} says what C{value} is.
+        """
+        command = self._postponed[0] if self._postponed else self._command
+        if command in _STREAMED:
+            raise LocalProtocolError(f"the reply to {command.name} is a stream")
+        self._replyMachine.go(Step.REPLY)
+        if self._postponed:
+            self._postponed.popleft()
+        return writeReply(command, value, self.version)
+
+    def startStream(self, count: int = 1) -> None:
+        """
+        From here to L{endStream} the owner sends the bytes of a NAR or export stream.
+
+        @param count: of how many, one behind the other: the replies to the oldest requests that have none. More
+            than one must have been postponed.
+        """
+        commands = list(self._postponed)[:count] or [self._command]
+        if len(commands) != count or not _STREAMED.issuperset(commands):
+            raise LocalProtocolError(f"{count} streams are no reply to {', '.join(each.name for each in commands)}")
+        self._replyMachine.go(Step.STREAM_START)
+        self._streams = count
 
     def endStream(self) -> None:
-        """The stream that is the reply is complete."""
-        self._machine.go(Step.STREAM_END)
+        """What was started is complete."""
+        self._replyMachine.go(Step.STREAM_END)
+        if self._postponed:
+            for _ in range(self._streams):
+                self._postponed.popleft()
+
+    @property
+    def _replyMachine(self) -> _Machine:
+        """The one in which the next reply is a step."""
+        return self._replying if self._postponed else self._machine
 
     def _mayEnd(self) -> bool:
         # Nix takes EOF inside the number of a command for EOF instead of it.

@@ -19,6 +19,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
+from zope.interface import implementer
 
 from nixserve.builder.local import LocalBuilder, PreparedBuild
 from nixserve.builder.plan import BuildPlan, PlannedBuild, PlanStore
@@ -29,7 +30,7 @@ from nixserve.codec.serve import BuildOptions, BuildPathsResult
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError
 from nixserve.protocol.buildlog import BuildLog, Listener
-from nixserve.protocol.interfaces import IWorkers
+from nixserve.protocol.interfaces import IBuilds, IWorkers
 from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
@@ -129,6 +130,7 @@ class _Build:
             self.step.cancel()
 
 
+@implementer(IBuilds)
 class Builds:
     """
     All builds on one store.

@@ -4,16 +4,23 @@ The seams of the Twisted side, as zope interfaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProducer, IProtocol, ITransport
 from zope.interface import Attribute, Interface
 
+from nixserve.codec.buildresult import BuildResult
+from nixserve.codec.derivation import BasicDerivation
+from nixserve.codec.messages import BuildOptions, BuildPathsResult
+from nixserve.codec.storepath import StorePath
 from nixserve.protocol.policy import Peer, Policy
 
-__all__ = ["IErrorReceiver", "IServeSessions", "IServeTransport", "IWorkers"]
+if TYPE_CHECKING:
+    from nixserve.protocol.builds import BuildClient
+
+__all__ = ["IBuilds", "IErrorReceiver", "IInterruptible", "IServeSessions", "IServeTransport", "IWorkers"]
 
 
 class IServeTransport(ITransport):
@@ -91,3 +98,38 @@ class IWorkers(Interface):
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:
         """Run C{function} somewhere it may block; its result arrives in the reactor's thread."""
+
+
+class IBuilds(Interface):
+    """
+    Who builds on one store, for the sessions on it.
+    """
+
+    def build(
+        drvPath: StorePath, drv: BasicDerivation, options: BuildOptions, client: BuildClient
+    ) -> Deferred[BuildResult]:
+        """
+        Build one derivation from inputs that are there, and keep what comes of it for C{client}.
+
+        @return: what came of it; a build that fails is a result as well. Cancelling leaves: what nobody waits for any
+            more is killed.
+        """
+
+    def buildPaths(
+        targets: Sequence[str], options: BuildOptions, client: BuildClient
+    ) -> Coroutine[Any, Any, BuildPathsResult]:
+        """
+        Build derivations that are in the store, and what they need.
+
+        @param targets: as L{nixserve.codec.messages.BuildPaths} has them.
+        @return: what came of it; a build that fails is a result as well.
+        """
+
+
+class IInterruptible(Interface):
+    """
+    A store's session whose calls may wait for somebody far away.
+    """
+
+    def interrupt() -> None:
+        """Have a call that runs in a thread fail soon; only closing is of use afterwards. Never waits."""

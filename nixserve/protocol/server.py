@@ -17,9 +17,9 @@ from functools import partial
 from operator import methodcaller
 from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost
-from twisted.internet.interfaces import IHalfCloseableProtocol, IProtocol, IReactorTime
+from twisted.internet.interfaces import IHalfCloseableProtocol, IReactorTime
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -40,6 +40,7 @@ from nixserve.codec.connection import (
     VersionAgreed,
 )
 from nixserve.codec.derivation import BasicDerivation, drvPathOf, verifyBasicDerivation
+from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.serve import (
     AddToStoreNar,
     BuildDerivation,
@@ -56,17 +57,26 @@ from nixserve.codec.serve import (
 )
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteProtocolError
-from nixserve.protocol.builds import BuildClient, Builds
-from nixserve.protocol.interfaces import IServeSessions, IServeTransport, IWorkers
+from nixserve.protocol.builds import BuildClient
+from nixserve.protocol.interfaces import IBuilds, IInterruptible, IServeTransport, IWorkers
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle
-from nixserve.protocol.workers import Door, whenFired
+from nixserve.protocol.workers import Door
 from nixserve.store.api import Store, StoreSession
 
-__all__ = ["ServeServer", "ServeSessions"]
+__all__ = ["ServeServer"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+MAX_SMALL_NAR = 64 * 1024
+"""Bytes of a NAR that is kept until it is complete, and added together with its neighbours."""
+
+MAX_POSTPONED = 256
+"""Requests that are worked off together at most, so that the first one's reply does not wait for long."""
+
+MAX_POSTPONED_SIZE = 1024 * 1024
+"""Bytes of NARs among them."""
 
 MAX_UNREAD = 256 * 1024
 """Bytes of later requests that are kept while one is being answered; then the peer is paused."""
@@ -115,7 +125,7 @@ class ServeServer(Protocol):
         peer: Peer,
         clock: IReactorTime,
         stallSeconds: float = STALL_SECONDS,
-        builds: Builds | None = None,
+        builds: IBuilds | None = None,
     ) -> None:
         self._store = store
         self._builds = builds
@@ -127,6 +137,10 @@ class ServeServer(Protocol):
         self._connection = ServerConnection(store.storeDir)
         self._inflow: NarInflow[Any] | None = None
         self._command: Command | None = None
+        # Requests of a client that does not wait for replies: read first, then worked off together. Of one kind.
+        self._small: list[tuple[ValidPathInfo, bytes]] = []
+        self._smallSize = 0
+        self._dumps: list[StorePath] = []
         # What the conversation waits for: bytes from the peer, or something of ours.
         self._wakeUp: Deferred[None] | None = None
         self._pending: Deferred[Any] | None = None
@@ -186,6 +200,9 @@ class ServeServer(Protocol):
             event = self._connection.nextEvent()
             if not isinstance(event, Pause):
                 return event
+            if self._connection.postponed:
+                await self._settle()
+                continue
             if self._inflow is not None:
                 self._inflow.push()
             if self._cause is not None:
@@ -215,26 +232,65 @@ class ServeServer(Protocol):
 
     async def _converse(self) -> None:
         await self._wait(self._door.call(self._openSession))
-        while not isinstance(event := await self._event(), EndOfInput):
-            match event:
-                case Hello():
-                    self.transport.write(self._connection.sendHello())
-                case VersionAgreed():
-                    pass
-                case RequestStarted(command):
-                    self._command = command
-                    self._stall.start()
-                    right, refusal = self.REQUIRED.get(command, (Right.TRUST, f"{command.name} is not allowed"))
-                    self._policy.demand(right, refusal)
-                case _:
-                    await self._perform(event)
-                    self._stall.stop()
-                    self._command = None
+        try:
+            while not isinstance(event := await self._event(), EndOfInput):
+                match event:
+                    case Hello():
+                        self.transport.write(self._connection.sendHello())
+                    case VersionAgreed():
+                        pass
+                    case RequestStarted(command):
+                        self._command = command
+                        self._stall.start()
+                        right, refusal = self.REQUIRED.get(command, (Right.TRUST, f"{command.name} is not allowed"))
+                        self._policy.demand(right, refusal)
+                    case _:
+                        await self._perform(event)
+                        self._stall.stop()
+                        self._command = None
+        except NixServeError:
+            # This is about the request read last: those before it come first.
+            await self._settle()
+            raise
+        await self._settle()
         self._exit(0)
 
-    def _perform(self, request: Any) -> Coroutine[Any, Any, None]:
+    async def _perform(self, request: Any) -> None:
+        if not self._gathers(request):
+            await self._settle()
         perform: Callable[[Request], Coroutine[Any, Any, None]] = getattr(self, f"cmd_{request.command.camelName}")
-        return perform(request)
+        await perform(request)
+
+    def _gathers(self, request: Any) -> bool:
+        """Is this request one more of those that are postponed?"""
+        if isinstance(request, AddToStoreNar):
+            return not self._dumps and request.info.narSize <= MAX_SMALL_NAR
+        return isinstance(request, DumpStorePath) and not self._small
+
+    async def _settle(self) -> None:
+        """
+        Work off what was postponed, and reply. What a request is refused for is raised after the replies to those
+        before it, and the rest is dropped.
+        """
+        small, self._small, self._smallSize = self._small, [], 0
+        dumps, self._dumps = self._dumps, []
+        command = self._command
+        if small:
+            self._command = Command.ADD_TO_STORE_NAR
+            await self._addSmall(small)
+        if dumps:
+            self._command = Command.DUMP_STORE_PATH
+            self._stall.start()
+            await self._stream(dumps, partial(self._open.narsFromPaths, dumps))
+        self._command = command
+        if command is None:
+            self._stall.stop()
+
+    async def _addSmall(self, objects: list[tuple[ValidPathInfo, bytes]]) -> None:
+        while objects:
+            added = await self._call(self._open.addSmallPaths, objects)
+            objects = objects[added:]
+            self.transport.write(b"".join([self._connection.sendReply(None) for _ in range(added)]))
 
     def _openSession(self) -> None:
         """In a worker. The result is kept here, not returned: L{_free} must find it whatever happened since."""
@@ -283,21 +339,39 @@ class ServeServer(Protocol):
         await self._answer(request.paths, closure)
 
     async def cmd_dumpStorePath(self, request: DumpStorePath) -> None:
-        """A NAR."""
-        await self._stream([request.path], partial(self._open.narFromPath, request.path))
+        """A NAR. Those of several requests that are here already are one stream."""
+        self._connection.postponeReply()
+        self._dumps.append(request.path)
+        if len(self._dumps) >= MAX_POSTPONED:
+            await self._settle()
 
     async def cmd_exportPaths(self, request: ExportPaths) -> None:
         """An export stream."""
         await self._stream(request.paths, partial(self._open.exportPaths, request.paths))
 
     async def cmd_addToStoreNar(self, request: AddToStoreNar) -> None:
-        """A NAR with all that is to be registered about it."""
+        """
+        A NAR with all that is to be registered about it. Small ones that are here already are added together.
+        """
+        if request.info.narSize <= MAX_SMALL_NAR:
+            await self._gatherSmall(request.info)
+            return
         inflow = self._inflow = NarInflow(
             self._door, self._throttle, partial(self._open.addToStore, request.info), self._end
         )
         await self._receiveNar(inflow)
         await self._finishNar(inflow, methodcaller("finish"))
         self._reply(None)
+
+    async def _gatherSmall(self, info: ValidPathInfo) -> None:
+        pieces: list[bytes] = []
+        while isinstance(event := await self._event(), NarData):
+            pieces.append(event.data)
+        self._connection.postponeReply()
+        self._small.append((info, b"".join(pieces)))
+        self._smallSize += info.narSize
+        if len(self._small) >= MAX_POSTPONED or self._smallSize >= MAX_POSTPONED_SIZE:
+            await self._settle()
 
     async def cmd_importPaths(self, request: ImportPaths) -> None:
         """An export stream from the peer; each object is registered as it comes."""
@@ -335,7 +409,7 @@ class ServeServer(Protocol):
         building = builds.buildPaths(request.targets, request.options, self._buildClient())
         self._reply(await self._interruptible(Deferred.fromCoroutine(building)))
 
-    def _requireBuilds(self, options: BuildOptions) -> Builds:
+    def _requireBuilds(self, options: BuildOptions) -> IBuilds:
         """
         @raise PolicyError: there are no builds here, or not such.
         """
@@ -391,8 +465,8 @@ class ServeServer(Protocol):
         self._reply(await self._call(self._rooted, paths, query))
 
     async def _stream(self, paths: Collection[StorePath], begin: Callable[[], Iterator[bytes]]) -> None:
-        """Reply with a stream of paths that become roots."""
-        self._connection.startStream()
+        """Reply with a stream of paths that become roots: the replies to all that was postponed, or to one request."""
+        self._connection.startStream(self._connection.postponed or 1)
         outflow = NarOutflow(self._door, self.transport, partial(self._rooted, paths, begin), self._stall.touch)
         await self._wait(outflow.start())
         self._connection.endStream()
@@ -444,6 +518,9 @@ class ServeServer(Protocol):
         self._exiting = True
         self._stall.close()
         self._door.abandon()
+        session = IInterruptible(self._session, None)
+        if session is not None and self._door.working:
+            session.interrupt()
         closing = self._door.call(self._closeSession)
         closing.addErrback(lambda failure: self.log.failure("closing session {peer.session}", failure, **self._facts()))
         closing.addCallback(lambda _: self.log.info("session {peer.session} of {peer.address} ends", **self._facts()))
@@ -491,57 +568,3 @@ def _verifiedDrvPath(drvPath: StorePath, drv: BasicDerivation, storeDir: StoreDi
     """
     verifyBasicDerivation(drvPath, drv, storeDir)
     return drvPathOf(drv, storeDir)
-
-
-@implementer(IServeSessions)
-class ServeSessions:
-    """
-    Sessions of one store, for any endpoint.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        workers: IWorkers,
-        clock: IReactorTime,
-        isServed: Callable[[str], bool] = lambda uri: False,
-        stallSeconds: float = STALL_SECONDS,
-        builds: Builds | None = None,
-    ) -> None:
-        """
-        @param isServed: does this URI mean C{store}?
-        @param builds: who builds on C{store}; without, requests to build are refused.
-        """
-        self._builds = builds
-        self._store = store
-        self._workers = workers
-        self._clock = clock
-        self._isServed = isServed
-        self._stallSeconds = stallSeconds
-        self._running: set[ServeServer] = set()
-
-    def isServed(self, storeURI: str) -> bool:
-        """See L{IServeSessions}."""
-        return self._isServed(storeURI)
-
-    def buildSession(self, policy: Policy, peer: Peer) -> IProtocol:
-        """See L{IServeSessions}."""
-        server = ServeServer(self._store, self._workers, policy, peer, self._clock, self._stallSeconds, self._builds)
-        self._running.add(server)
-        server.ended.addCallback(lambda _: self._running.discard(server))
-        return server
-
-    def __len__(self) -> int:
-        """How many sessions are running."""
-        return len(self._running)
-
-    def stop(self) -> Deferred[None]:
-        """
-        End every session.
-
-        @return: fires when all have freed what they held.
-        """
-        ended = [whenFired(server.ended) for server in self._running]
-        for server in list(self._running):
-            server.stop()
-        return gatherResults(ended).addCallback(lambda _: None)

@@ -170,6 +170,12 @@ def _gather(chunks: deque[bytes]) -> bytes:
     return gathered[0] if len(gathered) == 1 else b"".join(gathered)
 
 
+def _joined(chunks: deque[bytes]) -> Iterator[bytes]:
+    """Small chunks joined: each costs a packet or a call of the system."""
+    while chunks:
+        yield _gather(chunks)
+
+
 @implementer(IPushProducer)
 class NarOutflow:
     """
@@ -192,6 +198,7 @@ class NarOutflow:
         self._begin = begin
         self._progress = progress
         self._chunks: Iterator[bytes] | None = None
+        self._error: Exception | None = None
         self._ready: tuple[list[bytes], bool] | None = None
         self._writing = False
         self.paused = False
@@ -232,16 +239,25 @@ class NarOutflow:
 
         @return: chunks, and whether they are the last ones.
         """
+        if self._error is not None:
+            raise self._error
         if self._chunks is None:
             self._chunks = self._begin()
-        batch: list[bytes] = []
+        batch: deque[bytes] = deque()
         size = 0
-        for chunk in self._chunks:
-            batch.append(chunk)
-            size += len(chunk)
-            if size >= READ_AHEAD:
-                return batch, False
-        return batch, True
+        last = False
+        try:
+            while size < READ_AHEAD and not last:
+                chunk = next(self._chunks, b"")
+                batch.append(chunk)
+                size += len(chunk)
+                last = not chunk
+        except Exception as error:
+            if not batch:
+                raise
+            # What was read before goes out first: it may be the answers to other requests.
+            self._error = error
+        return list(_joined(batch)), last
 
     def _haveRead(self, batch: tuple[list[bytes], bool]) -> None:
         self._ready = batch

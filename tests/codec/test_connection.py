@@ -10,6 +10,7 @@ from nixserve.codec.connection import (
     CLIENT_SENDING,
     NEED_DATA,
     PAUSED,
+    SERVER_POSTPONED,
     SERVER_STEPS,
     ClientConnection,
     EndOfExport,
@@ -143,6 +144,8 @@ def test_tablesAreConnected():
         reached = set(table.values())
         assert left - reached == {start}
         assert reached - left == {State.CLOSED}
+    # Postponed replies begin and end anywhere: this one goes in a circle.
+    assert {state for state, _ in SERVER_POSTPONED} == set(SERVER_POSTPONED.values()) == {State.IDLE, State.STREAM}
 
 
 # --- handshake ----------------------------------------------------------------------------------------------
@@ -427,6 +430,87 @@ def test_misuseOfServer():
         server.startStream()
     server.endStream()
     assert server.nextEvent() is NEED_DATA
+
+
+def serverAfter(*requests):
+    """A server that has said hello and read some requests, each of whose replies it has postponed."""
+    server = ServerConnection(STORE_DIR)
+    server.receiveData(HELLO + b"".join(requests))
+    left = len(requests)
+    while left:
+        if server.nextEvent() is PAUSED:
+            if server.state is State.HELLO:
+                server.sendHello()
+            else:
+                server.postponeReply()
+                left -= 1
+    return server
+
+
+def test_postponedReplies():
+    """Later requests are read before the replies to those before them, which then come in order."""
+    server = serverAfter(addRequest(LIB), wire(1, 0, 0, []), addRequest(APP))
+    assert server.postponed == 3 and server.nextEvent() is NEED_DATA
+    server.receiveData(wire(2, []))
+    assert server.nextEvent() == RequestStarted(Command.QUERY_PATH_INFOS)
+    server.nextEvent()
+    assert server.nextEvent() is PAUSED
+    sent = [server.sendReply(value) for value in (None, frozenset(), None)]
+    assert sent == [wire(1), wire([]), wire(1)] and server.postponed == 0
+    assert server.nextEvent() is PAUSED
+    assert server.sendReply({}) == wire("")
+    assert server.nextEvent() is NEED_DATA
+
+
+def test_postponedStreams():
+    """Several streams that follow each other are one to the owner; a reply to something else is none of them."""
+    dump = wire(3, ZEROS)
+    server = serverAfter(dump, dump, addRequest(LIB), dump)
+    with pytest.raises(LocalProtocolError, match="the reply to DUMP_STORE_PATH is a stream"):
+        server.sendReply(None)
+    with pytest.raises(LocalProtocolError, match=r"3 streams are no reply to DUMP_STORE_PATH, .*ADD_TO_STORE_NAR"):
+        server.startStream(3)
+    server.startStream(2)
+    for misuse in (lambda: server.startStream(2), lambda: server.sendReply(None)):
+        with pytest.raises(LocalProtocolError):
+            misuse()
+    server.endStream()
+    with pytest.raises(LocalProtocolError, match="1 streams are no reply to ADD_TO_STORE_NAR"):
+        server.startStream()
+    assert server.sendReply(None) == wire(1)
+    with pytest.raises(LocalProtocolError):
+        server.startStream(2)
+    server.startStream()
+    server.endStream()
+    with pytest.raises(LocalProtocolError):
+        server.endStream()
+    assert server.nextEvent() is NEED_DATA
+
+
+def test_repliesBehindTheEnd():
+    """What was postponed can still be answered when the client has ended, or has broken a rule."""
+    server = serverAfter(addRequest(LIB))
+    server.receiveEOF()
+    assert server.nextEvent() == EndOfInput()
+    assert server.sendReply(None) == wire(1)
+    server = serverAfter(addRequest(LIB))
+    server.receiveData(wire(17))
+    with pytest.raises(RemoteProtocolError):
+        server.nextEvent()
+    assert server.sendReply(None) == wire(1)
+    with pytest.raises(LocalProtocolError):
+        server.sendReply(None)
+
+
+def test_misuseOfPostponing():
+    """Only the reply to a complete request can be postponed, once."""
+    server = serverAfter(wire(1, 0, 0, []))
+    with pytest.raises(LocalProtocolError, match="postponed reply is not possible between requests"):
+        server.postponeReply()
+    server.receiveData(addRequest(LIB)[:-8])
+    while server.nextEvent() is not NEED_DATA:
+        with pytest.raises(LocalProtocolError):
+            server.postponeReply()
 
 
 # --- the client ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ BEGIN, END = "<!-- states -->\n", "<!-- end of states -->\n"
 
 TABLES = [
     ("The server", connection.SERVER_STEPS),
+    ("The server, postponed replies", connection.SERVER_POSTPONED),
     ("The client, sending", connection.CLIENT_SENDING),
     ("The client, receiving", connection.CLIENT_RECEIVING),
 ]

@@ -6,7 +6,6 @@ from collections import deque
 from functools import partial
 
 from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -14,7 +13,18 @@ from zope.interface import implementer
 from nixserve.protocol.interfaces import IServeTransport, IWorkers
 from nixserve.store.api import InvalidPath
 from nixserve.store.memory import MemoryStore
+from nixserve.testing import Pair
 from tests.vectors.serve.messages import CONTENTS, nar
+
+__all__ = [
+    "ManualWorkers",
+    "Pair",
+    "RecordingStore",
+    "RecordingTransport",
+    "SyncWorkers",
+    "fired",
+    "result",
+]
 
 
 @implementer(IServeTransport)
@@ -202,12 +212,16 @@ class RecordingSession:
 
     def narFromPath(self, path):
         """See L{nixserve.store.api.StoreSession}."""
-        return self._store.perform("narFromPath", lambda: self._chunks(path), (path,))
+        return self._store.perform("narFromPath", lambda: self._chunks([path]), (path,))
 
-    def _chunks(self, path):
-        if path not in self._store.big:
-            return self._inner.narFromPath(path)
-        return self._store.counted(path)
+    def narsFromPaths(self, paths):
+        """See L{nixserve.store.api.StoreSession}. A big path stands alone."""
+        return self._store.perform("narsFromPaths", lambda: self._chunks(paths), (paths,))
+
+    def _chunks(self, paths):
+        if paths[0] not in self._store.big:
+            return self._inner.narsFromPaths(paths)
+        return self._store.counted(paths[0])
 
     def _writer(self, inner):
         writer = RecordingWriter(self._store, inner)
@@ -308,83 +322,6 @@ class RecordingStore:
     def close(self):
         """See L{nixserve.store.api.Store}."""
         self.inner.close()
-
-
-@implementer(IServeTransport)
-class JoinedTransport(RecordingTransport):
-    """
-    One end of a pair in memory: what is written is delivered by L{Pair.flush}, unless the other end is paused.
-    """
-
-    def __init__(self):
-        super().__init__(capacity=64 * 1024)
-        self.closing = False
-
-    def loseConnection(self):
-        """See L{IServeTransport}."""
-        self.closing = True
-
-    def abortConnection(self):
-        """See L{IServeTransport}."""
-        self.aborted = self.closing = True
-
-
-class Pair:
-    """
-    A client and a server joined in memory.
-
-    @ivar cut: the largest piece that is delivered at once.
-    """
-
-    def __init__(self, client, server, cut=1 << 20):
-        self.cut = cut
-        self.client, self.server = client, server
-        self.clientSide, self.serverSide = JoinedTransport(), JoinedTransport()
-        self._eofSent = self._ended = False
-        server.makeConnection(self.serverSide)
-        client.makeConnection(self.clientSide)
-
-    def flush(self, work=lambda: None):
-        """Deliver until nothing moves. C{work} is called in between."""
-        moved = True
-        while moved:
-            work()
-            moved = self._move(self.clientSide, self.serverSide, self.server.dataReceived)
-            moved |= self._move(self.serverSide, self.clientSide, self.client.dataReceived)
-            if self.serverSide.errors:
-                data, self.serverSide.errors = bytes(self.serverSide.errors), bytearray()
-                self.client.errorReceived(data)
-                moved = True
-            moved |= self._end()
-
-    def lose(self):
-        """The connection breaks."""
-        if not self._ended:
-            self._ended = True
-            self.server.connectionLost(Failure(ConnectionDone()))
-            self.client.connectionLost(Failure(ConnectionDone()))
-
-    def _move(self, source, target, deliver):
-        if target.paused or not source.written or self._ended:
-            return False
-        data = bytes(source.written[: self.cut])
-        del source.written[: self.cut]
-        if target.status is None:
-            deliver(data)
-        source.take(len(data))
-        return True
-
-    def _end(self):
-        if self._ended:
-            return False
-        if self.clientSide.aborted or (self.serverSide.status is not None and not self.serverSide.written):
-            self.lose()
-            return True
-        if self.clientSide.closing and not self.clientSide.written and not self._eofSent:
-            self._eofSent = True
-            self.server.readConnectionLost()
-            return True
-        return False
 
 
 def result(deferred):

@@ -7,13 +7,14 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.internet.error import ConnectionDone, ProcessDone, ProcessTerminated
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import deferLater
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from nixserve.errors import RemoteError
-from nixserve.protocol import stdio
+from nixserve.protocol import childprocess, stdio
 from nixserve.protocol.childprocess import ProcessTransport
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.interfaces import IErrorReceiver
@@ -169,6 +170,81 @@ def test_abort():
     transport.abortConnection()
     reason = yield protocol.lost
     assert isinstance(reason, ProcessTerminated) and reason.signal == 15
+
+
+@pytest_twisted.inlineCallbacks
+def test_abortByForce(monkeypatch):
+    """A child that does not want to end is killed after a while; aborting again changes nothing."""
+    monkeypatch.setattr(childprocess, "KILL_SECONDS", 0.2)
+    protocol, transport = spawn("import signal; signal.signal(15, signal.SIG_IGN); os.write(1, b'up'); time.sleep(60)")
+    while not protocol.received:
+        yield deferLater(reactor, 0.01, lambda: None)
+    transport.abortConnection()
+    transport.abortConnection()
+    reason = yield protocol.lost
+    assert isinstance(reason, ProcessTerminated) and reason.signal == 9 and protocol.ends == 1
+    transport.abortConnection()
+
+
+#: Leaves a process behind that holds all streams open, and says its number.
+HEIR = """
+pid = os.fork()
+if not pid:
+    time.sleep(60)
+    os._exit(0)
+os.write(2, b'%d' % pid)
+"""
+
+
+@pytest_twisted.inlineCallbacks
+def test_heirs(monkeypatch):
+    """
+    A process that the child leaves behind, with the child's streams, does not keep the end back; what the child wrote
+    arrives whole.
+    """
+    monkeypatch.setattr(childprocess, "ERROR_SECONDS", 0.2)
+    protocol, _ = spawn(HEIR + "sys.stdout.buffer.write(b'x' * 900_000); sys.stdout.flush(); os._exit(7)")
+    reason = yield protocol.lost
+    os.kill(int(protocol.errors), 9)
+    assert isinstance(reason, ProcessTerminated) and reason.exitCode == 7
+    assert len(protocol.received) == 900_000 and protocol.ends == 1
+
+
+@pytest_twisted.inlineCallbacks
+def test_heirsWhilePaused(monkeypatch):
+    """The same if the protocol takes its time."""
+    monkeypatch.setattr(childprocess, "ERROR_SECONDS", 0.2)
+    protocol, transport = spawn(HEIR + "sys.stdout.buffer.write(b'x' * 900_000); sys.stdout.flush(); os._exit(7)")
+    transport.pauseProducing()
+    yield deferLater(reactor, 0.6, lambda: None)
+    assert protocol.received == b"" and protocol.ends == 0
+    transport.resumeProducing()
+    reason = yield protocol.lost
+    os.kill(int(protocol.errors), 9)
+    assert reason.exitCode == 7 and len(protocol.received) == 900_000
+
+
+@pytest_twisted.inlineCallbacks
+def test_abortWithHeirs():
+    """Aborting does not wait for them either."""
+    protocol, transport = spawn(HEIR + "time.sleep(60)")
+    while not protocol.errors:
+        yield deferLater(reactor, 0.01, lambda: None)
+    transport.abortConnection()
+    reason = yield protocol.lost
+    os.kill(int(protocol.errors), 9)
+    assert reason.signal == 15 and protocol.ends == 1
+
+
+@pytest_twisted.inlineCallbacks
+def test_reactorStops():
+    """A reactor that stops ends every stream that it knows, in any order and each once."""
+    protocol, transport = spawn("os._exit(0)")
+    streams = [transport._output, transport._input]
+    yield protocol.lost
+    for stream in streams:
+        stream.connectionLost(Failure(ConnectionDone()))
+    assert protocol.ends == 1
 
 
 @pytest_twisted.inlineCallbacks

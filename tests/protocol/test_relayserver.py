@@ -15,7 +15,7 @@ from nixserve.codec.relay import MAX_HEADER, Frame, FrameReader, RelayHeader
 from nixserve.protocol import relay
 from nixserve.protocol.policy import READ_ONLY
 from nixserve.protocol.relay import RelayFactory
-from nixserve.protocol.server import ServeSessions
+from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.workers import Workers
 from tests.protocol.fakes import RecordingStore
 from tests.vectors.serve.messages import CLIENT_MAGIC, SERVER_MAGIC, ZEROS, captured, wire

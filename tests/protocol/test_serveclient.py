@@ -5,17 +5,16 @@ from twisted.internet.error import ConnectionDone, ProcessTerminated
 from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 
+from nixserve import testing
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.messages import BuildDerivation, BuildOptions, BuildPaths, BuildPathsResult, Command
 from nixserve.codec.serve import writeReply, writeRequest
 from nixserve.errors import LocalProtocolError, NixServeError, RemoteError
 from nixserve.protocol.client import MAX_REMOTE_ERROR, ServeClient
-from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer
-from nixserve.protocol.server import ServeServer
+from nixserve.protocol.policy import EVERYTHING, READ_ONLY
 from nixserve.protocol.workers import Door
 from tests.protocol.fakes import (
     ManualWorkers,
-    Pair,
     RecordingStore,
     RecordingTransport,
     SyncWorkers,
@@ -63,16 +62,13 @@ def clientOf(*arguments):
     return CLIENTS[-1]
 
 
-class Joined:
+class Joined(testing.Joined):
     """A client and a server with everything around them."""
 
     def __init__(self, *infos, policy=EVERYTHING, cut=1 << 20, workers=None):
-        self.store = RecordingStore(*infos)
-        self.workers = workers or SyncWorkers()
-        self.said = []
-        self.client = clientOf(self.said.append)
-        self.server = ServeServer(self.store, self.workers, policy, Peer("here"), self.workers.reactor)
-        self.pair = Pair(self.client, self.server, cut)
+        workers = workers or SyncWorkers()
+        super().__init__(RecordingStore(*infos), policy=policy, piece=cut, workers=workers, name="")
+        CLIENTS.append(self.client)
         # What the client sends comes from a store of its own.
         self.clientWorkers = ManualWorkers()
         self.door = Door(self.clientWorkers)
@@ -80,23 +76,12 @@ class Joined:
     def work(self):
         """Workers of both sides run."""
         self.clientWorkers.drain()
-        if isinstance(self.workers, ManualWorkers):
-            self.workers.drain()
-
-    def flush(self):
-        """Everything moves until nothing does."""
-        self.pair.flush(self.work)
-        return self
+        super().work()
 
     def add(self, info, *chunks):
         """Send a path."""
         chunks = chunks or [nar(CONTENTS[info.path])]
         return self.client.addToStoreNar(info, self.door, lambda: iter(chunks))
-
-    def result(self, deferred):
-        """What a request gives."""
-        self.flush()
-        return result(deferred)
 
 
 @pytest.fixture(params=[(1 << 20, SyncWorkers), (1, SyncWorkers), (1000, ManualWorkers)])
@@ -239,7 +224,7 @@ def test_remoteRefuses():
     for request in (*failing, joined.client.queryValidPaths([]), joined.add(LIB)):
         with pytest.raises(RemoteError, match="the remote said: error: importing paths is not allowed"):
             result(request)
-    assert b"".join(joined.said) == b"error: importing paths is not allowed\n"
+    assert joined.said == b"error: importing paths is not allowed\n"
     assert result(joined.client.close()) is None
 
 

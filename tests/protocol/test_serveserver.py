@@ -1,6 +1,7 @@
 """One session of the server: what it answers, whom it slows down, and every way in which it ends."""
 
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTerminated
@@ -10,8 +11,10 @@ from twisted.python.failure import Failure
 from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.errors import StoreError
-from nixserve.protocol.policy import EVERYTHING, NOTHING, READ_ONLY, Peer
-from nixserve.protocol.server import MAX_UNREAD, STALL_SECONDS, ServeServer, ServeSessions
+from nixserve.protocol import server as serverModule
+from nixserve.protocol.policy import EVERYTHING, NOTHING, READ_ONLY, Peer, Policy, Right
+from nixserve.protocol.server import MAX_POSTPONED, MAX_SMALL_NAR, MAX_UNREAD, STALL_SECONDS, ServeServer
+from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.streams import MAX_QUEUED, READ_AHEAD
 from nixserve.store.api import Busy, InvalidPath
 from tests.protocol.fakes import ManualWorkers, RecordingStore, RecordingTransport, SyncWorkers, fired, result
@@ -27,6 +30,7 @@ from tests.vectors.serve.messages import (
     captured,
     exportItem,
     nar,
+    narInfo,
     path,
     wire,
 )
@@ -34,6 +38,11 @@ from tests.vectors.serve.messages import (
 HELLO = CLIENT_MAGIC + wire(0x207)
 ANSWER = SERVER_MAGIC + wire(0x208)
 CHUNK = bytes(256 * 1024)
+
+# An object whose NAR is too large to be kept until it is complete.
+LARGE_CONTENTS = bytes(2 * MAX_SMALL_NAR)
+LARGE = narInfo("large", LARGE_CONTENTS)
+ADD_LARGE = wire(9, LARGE.path, "", LARGE.narHash.hex, [], 0, LARGE.narSize, 0, [], "") + nar(LARGE_CONTENTS)
 
 
 @pytest.fixture(autouse=True)
@@ -179,14 +188,16 @@ def test_pipelining():
 
 
 def test_addToStoreNar():
-    """The path is registered as it was described, before the answer."""
-    session = Session(workers=ManualWorkers()).send(HELLO + addRequest(LIB))
-    while session.store.names()[-1:] != ["finish"]:
-        assert session.transport.written in (b"", ANSWER)
-        session.step()
-    session.drain()
-    assert session.replies == wire(1)
-    assert session.store.inner.lookUp([LIB.path])[LIB.path].info == LIB
+    """A path is registered as it was described, before the answer: a large one while it comes, a small one whole."""
+    for info, request, last in ((LIB, addRequest(LIB), "addSmallPaths"), (LARGE, ADD_LARGE, "finish")):
+        session = Session(workers=ManualWorkers()).send(HELLO + request)
+        while session.store.names()[-1:] != [last]:
+            assert session.transport.written in (b"", ANSWER)
+            session.step()
+        session.drain()
+        assert session.replies == wire(1)
+        found = session.store.inner.lookUp([info.path])[info.path].info
+        assert replace(found, registrationTime=0) == replace(info, registrationTime=0)
 
 
 def test_stillOpenAfterTheReply():
@@ -262,7 +273,7 @@ def test_queriesRootWhatTheyAskFor(policy, rooted, flags):
     ("request_", "call"),
     [
         (wire(2, [LIB.path]), "queryPathInfos"),
-        (wire(3, LIB.path), "narFromPath"),
+        (wire(3, LIB.path), "narsFromPaths"),
         (wire(5, 0, [LIB.path]), "exportPaths"),
         (wire(7, 0, [LIB.path]), "queryClosure"),
     ],
@@ -325,11 +336,12 @@ FAILING = [
     ("queryValidPaths", wire(1, 0, 0, [])),
     ("queryPathInfos", wire(2, [])),
     ("queryClosure", wire(7, 0, [])),
-    ("narFromPath", wire(3, LIB.path)),
+    ("narsFromPaths", wire(3, LIB.path)),
     ("exportPaths", wire(5, 0, [])),
-    ("addToStore", addRequest(LIB)),
-    ("feed", addRequest(LIB)),
-    ("finish", addRequest(LIB)),
+    ("addSmallPaths", addRequest(LIB)),
+    ("addToStore", ADD_LARGE),
+    ("feed", ADD_LARGE),
+    ("finish", ADD_LARGE),
     ("importPath", wire(4) + exportItem(LIB) + wire(0)),
     ("feed", wire(4) + exportItem(LIB) + wire(0)),
     ("finish", wire(4) + exportItem(LIB) + wire(0)),
@@ -359,7 +371,7 @@ def test_failuresInTheStore(call, request_, error, line, workers, logged):
     if isinstance(session.workers, ManualWorkers):
         session.drain()
     session.ended(1, line)
-    assert session.store.valid(LIB) == []
+    assert session.store.valid(LIB, LARGE) == []
     assert "secret" not in session.errors
     assert [event for event in logged if str(event.get("log_level")).endswith(("warn>", "critical>"))]
 
@@ -406,7 +418,7 @@ def test_readingFailsHalfway():
     session = Session(workers=ManualWorkers())
     session.store.big[ZEROS] = [CHUNK, CHUNK, CHUNK, OSError(5, "Input/output error")]
     session.send(HELLO + wire(3, ZEROS) + wire(1, 0, 0, [])).drain().ended(1, "error: Input/output error\n")
-    assert session.replies == CHUNK * 2
+    assert session.replies == CHUNK * 3
 
 
 def test_refusalsAreLogged(logged):
@@ -415,6 +427,218 @@ def test_refusalsAreLogged(logged):
     (event,) = [event for event in logged if "refused" in str(event.get("log_format"))]
     assert (event["peer"], event["key"], event["command"]) == (Peer("here", "key", 7), "key", "IMPORT_PATHS")
     assert str(event["error"]) == "importing paths is not allowed"
+
+
+# --- clients that do not wait -------------------------------------------------------------------------------
+
+
+def smallObjects(count, size=10):
+    """Objects, each but the first referring to the one before, and the requests to add them."""
+    infos, requests = [], []
+    for number in range(count):
+        data = b"%d" % number + bytes(size)
+        info = narInfo(f"x{number}", data, *[before.path for before in infos[-1:]])
+        infos.append(info)
+        requests.append(
+            wire(9, info.path, "", info.narHash.hex, sorted(info.references), 0, info.narSize, 0, [], "") + nar(data)
+        )
+    return infos, requests
+
+
+def batches(session, name="addSmallPaths"):
+    """How many objects each call was about."""
+    return [len(args[0]) for called, args in session.store.calls if called == name]
+
+
+@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+def test_smallPathsTogether(workers):
+    """Small paths that are here already are added in one turn of a worker, and each is acknowledged."""
+    infos, requests = smallObjects(40)
+    session = Session(workers=workers()).send(HELLO)
+    if workers is ManualWorkers:
+        session.drain()
+    session.send(b"".join(requests))
+    if workers is ManualWorkers:
+        assert len(session.workers.waiting) == 1 and session.replies == b""
+        session.step()
+        assert not session.workers.waiting
+    assert batches(session) == [40]
+    assert session.replies == wire(1) * 40
+    assert len(session.store.valid(*infos)) == 40
+    session.eof()
+    if workers is ManualWorkers:
+        session.drain()
+    session.ended(0)
+
+
+def test_eachAtOnceForAClientThatWaits():
+    """Nothing waits for a request that is not here: one path is answered as soon as it is complete."""
+    _, requests = smallObjects(3)
+    session = Session().send(HELLO)
+    for number, request in enumerate(requests):
+        session.send(request[:-1])
+        assert session.replies == wire(1) * number
+        session.send(request[-1:])
+        assert session.replies == wire(1) * (number + 1)
+    session.send(requests[0] + requests[1][:100])
+    assert session.replies == wire(1) * 4
+    assert batches(session) == [1] * 4
+    session.lose().ended(1)
+
+
+def test_batchesAreBounded(monkeypatch):
+    """However much comes, only so many paths and bytes are kept."""
+    _, requests = smallObjects(MAX_POSTPONED + 10)
+    session = Session().send(HELLO + b"".join(requests)).eof().ended(0)
+    assert batches(session) == [MAX_POSTPONED, 10]
+    _, requests = smallObjects(50, size=60_000)
+    session = Session().send(HELLO + b"".join(requests)).eof().ended(0)
+    assert batches(session) == [18, 18, 14]
+    assert session.replies == wire(1) * 50
+    monkeypatch.setattr(serverModule, "MAX_POSTPONED", 2)
+    session = sessionOf(LIB).send(HELLO + wire(3, LIB.path) * 5).eof().ended(0)
+    assert batches(session, "narsFromPaths") == [2, 2, 1]
+    assert session.replies == nar(CONTENTS[LIB.path]) * 5
+
+
+def test_batchInParts():
+    """A store that adds fewer at once is called again for the rest; what it has added is acknowledged meanwhile."""
+    infos, requests = smallObjects(5)
+    session = Session(workers=ManualWorkers()).send(HELLO).drain()
+    inner = session.store.perform
+    session.store.perform = lambda name, function, args: (
+        session.store.calls.append((name, args)) or session.store.sessions[0]._inner.addSmallPaths(args[0][:2])
+        if name == "addSmallPaths"
+        else inner(name, function, args)
+    )
+    session.send(b"".join(requests))
+    for acknowledged in (2, 4, 5):
+        session.step()
+        assert session.replies == wire(1) * acknowledged
+    assert batches(session) == [5, 3, 1]
+    assert len(session.store.valid(*infos)) == 5
+
+
+@pytest.mark.parametrize("cut", [1 << 20, 1, 97])
+def test_refusedAmongSmallOnes(cut):
+    """Those before one that is refused are added and acknowledged, those behind it are not even looked at."""
+    infos, requests = smallObjects(5)
+    requests[3] = requests[3].replace(infos[3].narHash.hex.encode(), b"0" * 64)
+    data = HELLO + b"".join(requests)
+    session = Session().send(*[data[start : start + cut] for start in range(0, len(data), cut)])
+    assert f"hash mismatch importing path '{infos[3].path}'" in session.errors
+    session.ended(1, session.errors)
+    assert session.replies == wire(1) * 3
+    assert session.store.valid(*infos) == infos[:3]
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (wire(17), "unknown serve command 17"),
+        (wire(9, "/x/y"), "path '/x/y' is not in the Nix store"),
+        (wire(6), "building paths is not allowed"),
+        (wire(9)[:9], "unexpected end-of-file"),
+        (wire(9), "unexpected end-of-file"),
+        (wire(3, path("missing")), f"path '{path('missing')}' is not valid"),
+    ],
+)
+@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+def test_badRequestBehindSmallOnes(data, text, workers, logged):
+    """What is wrong with a request is said after those before it have been answered."""
+    infos, requests = smallObjects(3)
+    session = Session(workers=workers(), policy=Policy(frozenset({Right.READ, Right.WRITE})))
+    session.send(HELLO + b"".join(requests) + wire(3, infos[0].path) + data).eof()
+    if workers is ManualWorkers:
+        session.drain()
+    session.ended(1, f"error: {text}\n")
+    assert session.replies == wire(1) * 3 + nar(b"0" + bytes(10))
+    assert session.store.valid(*infos) == infos
+
+
+def test_refusedInABatchIsLogged(logged):
+    """The log says which command it was, whatever has been read meanwhile."""
+    session = Session().send(HELLO + addRequest(LIB, "0" * 64) + wire(3))
+    session.ended(1, session.errors)
+    (event,) = [event for event in logged if str(event.get("log_level")).endswith("warn>")]
+    assert event["command"] == "ADD_TO_STORE_NAR" and session.replies == b""
+
+
+def test_largeBehindSmall():
+    """A large path behind small ones comes after them, and may refer to them; a small one behind it likewise."""
+    _, requests = smallObjects(3)
+    session = Session(workers=ManualWorkers())
+    session.send(HELLO + requests[0] + requests[1] + ADD_LARGE + requests[2]).eof().drain().ended(0)
+    names = [name for name in session.store.names() if name in ("addSmallPaths", "finish")]
+    assert names == ["addSmallPaths", "finish", "addSmallPaths"]
+    assert session.replies == wire(1) * 4
+
+
+def test_mixedRequests():
+    """Whatever is mixed, each reply comes in its turn and knows of what came before."""
+    infos, requests = smallObjects(2)
+    session = Session(workers=ManualWorkers())
+    query, dump = wire(1, 0, 0, [infos[1].path]), wire(3, infos[0].path)
+    session.send(HELLO + query + requests[0] + dump + requests[1] + query + dump + dump).eof().drain().ended(0)
+    archive = nar(b"0" + bytes(10))
+    assert session.replies == wire([]) + wire(1) + archive + wire(1) + wire([infos[1].path]) + archive * 2
+
+
+def test_floodOfSmallPathsIsBounded():
+    """A client that sends without end is paused while a worker is busy, with little kept, and then goes on."""
+    _, requests = smallObjects(3000)
+    session = Session(workers=ManualWorkers()).send(HELLO).drain()
+    waiting = iter(requests)
+    sent = 0
+    for request in waiting:
+        session.send(request)
+        sent += len(request)
+        if session.transport.paused:
+            break
+    assert MAX_UNREAD < sent <= MAX_UNREAD + 2 * len(requests[-1])
+    assert batches(session) == []
+    session.drain()
+    assert not session.transport.paused
+    session.send(*waiting).eof().drain().ended(0)
+    assert max(batches(session)) <= MAX_POSTPONED
+    assert session.replies == wire(1) * 3000
+
+
+def test_dumpsTogether():
+    """The NARs of several requests that are here already come out of one turn of a worker, as one piece."""
+    session = sessionOf(LIB, APP, workers=ManualWorkers()).send(HELLO).drain()
+    session.send(wire(3, LIB.path) + wire(3, APP.path) + wire(3, LIB.path) + wire(3, APP.path)[:20])
+    session.step()
+    assert not session.workers.waiting
+    dumps = nar(CONTENTS[LIB.path]) + nar(CONTENTS[APP.path]) + nar(CONTENTS[LIB.path])
+    assert session.replies == dumps
+    assert ("narsFromPaths", ([LIB.path, APP.path, LIB.path],)) in session.store.calls
+    session.send(wire(3, APP.path)[20:]).drain()
+    assert session.replies == dumps + nar(CONTENTS[APP.path])
+    session.eof().drain().ended(0)
+
+
+def test_invalidAmongDumps():
+    """The NARs before a path that is not valid are sent, then the error."""
+    session = sessionOf(LIB).send(HELLO + wire(3, LIB.path) * 2 + wire(3, path("x")) + wire(3, LIB.path))
+    session.ended(1, f"error: path '{path('x')}' is not valid\n")
+    assert session.replies == nar(CONTENTS[LIB.path]) * 2
+
+
+def test_lockedAmongSmallOnes():
+    """One that another session is adding is waited for, with those before it acknowledged."""
+    infos, requests = smallObjects(3)
+    session = Session()
+    other = session.store.inner.openSession()
+    writer = other.addToStore(infos[1])
+    session.send(HELLO + b"".join(requests))
+    session.clock.pump([0.1] * 50)
+    assert session.replies == wire(1)
+    assert session.errors == f"waiting for the lock on '{infos[1].path}'...\n"
+    writer.abort()
+    session.clock.pump([1] * 3)
+    assert session.replies == wire(1) * 3
+    assert session.store.valid(*infos) == infos
 
 
 # --- waiting for locks --------------------------------------------------------------------------------------
@@ -441,8 +665,9 @@ def test_busy():
     [
         ("addTempRoots", wire(1, 1, 0, [LIB.path])),
         ("addTempRoots", wire(3, LIB.path)),
-        ("addToStore", addRequest(LIB)),
-        ("addToStore", addRequest(LIB)[:-20]),
+        ("addSmallPaths", addRequest(LIB)),
+        ("addToStore", ADD_LARGE),
+        ("addToStore", ADD_LARGE[:-20]),
         ("finish", wire(4) + exportItem(LIB)),
     ],
 )
@@ -468,11 +693,11 @@ def test_lockOfAnotherSession():
     """Two sessions that add the same path: the second waits, then finds it there."""
     store = RecordingStore()
     first, second = Session(store), Session(store)
-    first.send(HELLO + addRequest(LIB)[:-8])
-    second.send(HELLO + addRequest(LIB))
+    first.send(HELLO + ADD_LARGE[:-8])
+    second.send(HELLO + ADD_LARGE)
     second.clock.pump([0.1] * 5)
     assert second.replies == b"" and first.replies == b""
-    first.send(addRequest(LIB)[-8:])
+    first.send(ADD_LARGE[-8:])
     assert first.replies == wire(1)
     second.clock.pump([0.1] * 20)
     assert second.replies == wire(1)
@@ -482,11 +707,12 @@ def test_lockIsFreedByTheEnd():
     """A path that a lost session was adding can be added by the next."""
     store = RecordingStore()
     first, second = Session(store), Session(store)
-    first.send(HELLO + addRequest(LIB)[:-8])
-    second.send(HELLO + addRequest(LIB))
+    first.send(HELLO + ADD_LARGE[:-8])
+    second.send(HELLO + ADD_LARGE)
+    assert second.replies == b""
     first.lose()
     second.clock.pump([0.1] * 5)
-    assert second.replies == wire(1) and store.valid(LIB) == [LIB]
+    assert second.replies == wire(1) and store.valid(LARGE) == [LARGE]
 
 
 # --- slow peers ---------------------------------------------------------------------------------------------
@@ -639,10 +865,11 @@ def test_halfClosedReaderThatIsSlow():
 
 def test_idleClientMayStay():
     """Between requests a client may be silent as long as it likes."""
-    session = Session().send(HELLO + wire(1, 0, 0, []))
-    session.clock.pump([600] * 100)
-    assert session.transport.status is None
-    session.send(wire(1, 0, 0, [])).eof().ended(0)
+    for request in (wire(1, 0, 0, []), wire(3, LIB.path), addRequest(LIB), ADD_LARGE, wire(4, 0)):
+        session = sessionOf(LIB).send(HELLO + request * 2)
+        session.clock.pump([600] * 100)
+        assert session.transport.status is None
+        session.send(wire(1, 0, 0, [])).eof().ended(0)
 
 
 def test_slowStoreIsNotTheClientsFault():
@@ -687,7 +914,8 @@ STATES = {
     "while a query is answered": (HELLO + wire(1, 0, 0, []), None),
     "inside a NAR": (HELLO + BIG + BIG_NAR, 0),
     "inside a NAR that is being written": (HELLO + BIG + BIG_NAR + CHUNK, None),
-    "while a NAR is finished": (HELLO + addRequest(LIB), None),
+    "while a NAR is finished": (HELLO + ADD_LARGE, None),
+    "while small ones are added": (HELLO + addRequest(LIB) + addRequest(APP)[:200], None),
     "inside an export stream": (HELLO + wire(4), 0),
     "inside a NAR of an export stream": (HELLO + wire(4) + exportItem(LIB)[:60], 0),
     "behind a NAR of an export stream": (HELLO + wire(4) + exportItem(LIB)[:-10], 0),
@@ -732,9 +960,10 @@ def test_connectionLost(state, reason, logged):
     session.eof()
     assert not session.workers.waiting and session.transport.exits == 1
     assert not [event for event in logged if event.get("log_failure")]
-    assert session.store.valid(LIB) == [LIB] * (
+    assert session.store.valid(LARGE) == [LARGE] * (
         state == "while a NAR is finished" and "finish" in session.store.names()
     )
+    assert session.store.valid(LIB, APP) == [LIB] * (state == "while small ones are added")
 
 
 @pytest.mark.parametrize("state", STATES)

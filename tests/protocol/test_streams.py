@@ -292,8 +292,17 @@ def test_outflowFails(before):
     workers.drain()
     with pytest.raises(OSError, match="bad disk"):
         result(ended)
-    assert len(transport.written) == before // AHEAD * READ_AHEAD
+    assert len(transport.written) == before * len(CHUNK)
     assert transport.producer is None
+
+
+def test_outflowJoins():
+    """Small chunks are written together, large ones as they are."""
+    transport = RecordingTransport()
+    writes = []
+    transport.write = writes.append
+    NarOutflow(Door(SyncWorkers()), transport, Source([b"a", b"b", CHUNK, b"c", b"d" * 1000, b"e"]).begin).start()
+    assert writes == [b"ab", CHUNK, b"c" + b"d" * 1000 + b"e"]
 
 
 @pytest.mark.parametrize("state", ["reading", "paused"])

@@ -1,0 +1,73 @@
+"""
+The sessions of one store, whatever endpoint they come in by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.interfaces import IProtocol, IReactorTime
+from zope.interface import implementer
+
+from nixserve.protocol.interfaces import IBuilds, IServeSessions, IWorkers
+from nixserve.protocol.policy import Peer, Policy
+from nixserve.protocol.server import STALL_SECONDS, ServeServer
+from nixserve.protocol.workers import whenFired
+from nixserve.store.api import Store
+
+__all__ = ["ServeSessions"]
+
+
+@implementer(IServeSessions)
+class ServeSessions:
+    """
+    Sessions of one store, for any endpoint.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        workers: IWorkers,
+        clock: IReactorTime,
+        isServed: Callable[[str], bool] = lambda uri: False,
+        stallSeconds: float = STALL_SECONDS,
+        builds: IBuilds | None = None,
+    ) -> None:
+        """
+        @param isServed: does this URI mean C{store}?
+        @param builds: who builds on C{store}; without, requests to build are refused.
+        """
+        self._builds = builds
+        self._store = store
+        self._workers = workers
+        self._clock = clock
+        self._isServed = isServed
+        self._stallSeconds = stallSeconds
+        self._running: set[ServeServer] = set()
+
+    def isServed(self, storeURI: str) -> bool:
+        """See L{IServeSessions}."""
+        return self._isServed(storeURI)
+
+    def buildSession(self, policy: Policy, peer: Peer) -> IProtocol:
+        """See L{IServeSessions}."""
+        server = ServeServer(self._store, self._workers, policy, peer, self._clock, self._stallSeconds, self._builds)
+        self._running.add(server)
+        server.ended.addCallback(lambda _: self._running.discard(server))
+        return server
+
+    def __len__(self) -> int:
+        """How many sessions are running."""
+        return len(self._running)
+
+    def stop(self) -> Deferred[None]:
+        """
+        End every session.
+
+        @return: fires when all have freed what they held.
+        """
+        ended = [whenFired(server.ended) for server in self._running]
+        for server in list(self._running):
+            server.stop()
+        return gatherResults(ended).addCallback(lambda _: None)
