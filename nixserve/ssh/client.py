@@ -7,6 +7,7 @@ things runs C{ssh} in a child process.
 
 from __future__ import annotations
 
+import base64
 import struct
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, cast
@@ -62,13 +63,15 @@ class HostKeyError(SSHError):
 
     @ivar expected: fingerprints of the keys that it might have shown.
     @ivar found: the fingerprint of the one that it did.
+    @ivar key: that key, as C{TYPE BASE64}.
     """
 
-    def __init__(self, host: str, expected: Sequence[str], found: str) -> None:
+    def __init__(self, host: str, expected: Sequence[str], found: str, key: str) -> None:
         self.host = host
         self.expected = tuple(expected)
         self.found = found
-        super().__init__(host, expected, found)
+        self.key = key
+        super().__init__(host, expected, found, key)
 
     def __str__(self) -> str:
         known = ", ".join(self.expected) or "none is known"
@@ -83,11 +86,20 @@ def readKnownHosts(path: str, host: str, port: int = 22) -> list[Key]:
     """
     The keys that a C{known_hosts} file has for a host, names hashed or not. Blocks on the disk.
 
-    Lines with a marker (C{@revoked}, C{@cert-authority}) and patterns with wildcards are passed over.
+    Patterns with wildcards and lines with the marker C{@cert-authority} are passed over. A key that is C{@revoked},
+    for whatever host, is no host's.
     """
-    name = host if port == 22 else f"[{host}]:{port}"
-    entries: Any = KnownHostsFile.fromPath(FilePath(path)).iterentries()
-    return [entry.publicKey for entry in entries if entry.matchesHost(name.encode("utf-8"))]
+    name = (host if port == 22 else f"[{host}]:{port}").encode("utf-8")
+    entries: Any = list(KnownHostsFile.fromPath(FilePath(path)).iterentries())
+    keys = [entry.publicKey for entry in entries if entry.matchesHost(name)]
+    revoked = {line.split()[3] for entry in entries if _isRevocation(line := entry.toString())}
+    return [key for key in keys if base64.b64encode(key.blob()) not in revoked]
+
+
+def _isRevocation(line: bytes) -> bool:
+    """C{@revoked HOSTS TYPE BASE64} (sshd(8), SSH_KNOWN_HOSTS FILE FORMAT)."""
+    words = line.split(None, 4)
+    return len(words) > 3 and words[0] == b"@revoked"
 
 
 @implementer(IStreamClientEndpoint)
@@ -253,7 +265,9 @@ class _ClientTransport(PacedTransport, transport.SSHClientTransport):
         """Is it one of the keys that were given?"""
         if any(key.blob() == hostKey for key in self._hostKeys):
             return succeed(True)
-        error = HostKeyError(self.host, [fingerprint(key) for key in self._hostKeys], fingerprint(hostKey))
+        expected = [fingerprint(key) for key in self._hostKeys]
+        text = f"{getNS(hostKey)[0].decode('ascii', 'replace')} {base64.b64encode(hostKey).decode('ascii')}"
+        error = HostKeyError(self.host, expected, fingerprint(hostKey), text)
         self.attempt.failed(error)
         return fail(error)
 
@@ -379,6 +393,11 @@ class _ClientChannel(PacedChannel):
     def loseConnection(self) -> None:
         """Send what is queued and end the command's input. It ends by itself then, and its status says how."""
         self.loseWriteConnection()
+
+    def abortConnection(self) -> None:
+        """Cut the whole connection, which serves only this channel: its other end may be beyond hearing."""
+        super().abortConnection()
+        self.conn.transport.abort()
 
     def extReceived(self, dataType: int, data: bytes) -> None:
         """The command's standard error."""

@@ -278,6 +278,7 @@ async def test_wrongHostKey(makeServer):
         await connect(server, hostKeys=[other])
     assert caught.value.expected == (fingerprint(other),)
     assert caught.value.found == fingerprint(server.hostKey)
+    assert caught.value.key == server.hostKey.public().toString("OPENSSH").decode()
     assert fingerprint(other) in str(caught.value)
     assert fingerprint(server.hostKey) in str(caught.value)
     assert not any("logged in" in event.get("log_format", "") for event in events)
@@ -291,6 +292,32 @@ async def test_knownHosts(makeServer):
     (key,) = readKnownHosts(path, "127.0.0.1", server.number)
     assert key == server.hostKey.public()
     assert readKnownHosts(path, "127.0.0.1") == readKnownHosts(path + ".missing", "127.0.0.1") == []
+
+
+@pytest.mark.parametrize("hosts", ["*", "elsewhere", "|1|c2FsdA==|aGFzaA=="])
+def test_revokedHostKeys(tmp_path, hosts):
+    """A key that is revoked anywhere is no host's; others on lines beside it are."""
+    good, bad = (Key(ed25519.Ed25519PrivateKey.generate()).public() for _ in range(2))
+    lines = [f"host {key.toString('OPENSSH').decode()} comment\n" for key in (good, bad)]
+    path = tmp_path / "known_hosts"
+    path.write_text("".join([*lines, "@revoked\n", f"@revoked {hosts} {bad.toString('OPENSSH').decode()} stolen\n"]))
+    assert readKnownHosts(str(path), "host") == [good]
+
+
+@pytest_twisted.ensureDeferred
+async def test_abortCutsTheConnection(makeServer):
+    """A client that aborts leaves no connection, even if nobody on the other side listens any more."""
+    server = makeServer()
+    recorder = await connect(server, b"echo\n")
+    await until(reactor, lambda: server.sessions.all)
+    (connection,) = server.factory.connections
+    connection.transport.pauseProducing()
+    transport = recorder.transport.conn.transport.transport
+    recorder.transport.abortConnection()
+    await within(reactor, 10, recorder.ended)
+    await until(reactor, lambda: not transport.connected)
+    connection.transport.resumeProducing()
+    await within(reactor, 10, server.sessions.all[0].ended)
 
 
 @pytest_twisted.ensureDeferred

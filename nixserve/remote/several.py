@@ -1,0 +1,38 @@
+"""
+L{severalSessions}: sessions that share what is costly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from nixserve.protocol.client import ServeClient
+from nixserve.remote.address import RemoteAddress, Via
+from nixserve.remote.connecting import connect
+from nixserve.remote.master import SSHMaster
+
+__all__ = ["severalSessions"]
+
+
+@asynccontextmanager
+async def severalSessions(
+    reactor: Any, url: str | RemoteAddress, count: int, *, environ: Mapping[str, str], **options: Any
+) -> AsyncIterator[list[ServeClient]]:
+    """
+    Several sessions on one store, for the length of an C{async with}. Those through the system's C{ssh} share one
+    connection, which ends with them.
+
+    @param count: how many.
+    @param options: as for L{connect}.
+    """
+    address = url if isinstance(url, RemoteAddress) else RemoteAddress.parse(url)
+    async with AsyncExitStack() as stack:
+        if count > 1 and address.via is Via.OPENSSH:
+            options["master"] = await stack.enter_async_context(SSHMaster(reactor, address, environ))
+        clients = []
+        for _ in range(count):
+            client = await connect(reactor, address, environ=environ, **options)
+            clients.append(await stack.enter_async_context(client))
+        yield clients
