@@ -28,7 +28,7 @@ from nixserve.store.api import ImportWriter, InvalidPath, PathWriter, addWhole
 from nixserve.store.contents import readDerivation
 from nixserve.store.database import Database
 from nixserve.store.files import dumpPath
-from nixserve.store.layout import StoreLayout
+from nixserve.store.layout import StoreDefaults, StoreLayout, parseStoreURI
 from nixserve.store.opening import RESERVED_SIZE, prepareDirectories
 from nixserve.store.roots import TempRoots
 from nixserve.store.validpaths import ValidPaths
@@ -45,13 +45,17 @@ class LocalStore:
     @ivar validPaths: what the database says.
     """
 
-    def __init__(self, layout: StoreLayout, reservedSize: int = RESERVED_SIZE) -> None:
+    def __init__(self, layout: StoreLayout | str, reservedSize: int = RESERVED_SIZE) -> None:
         """
         Open the store, or make it. Waits while somebody else upgrades its database.
 
+        @param layout: where it lies, or a URI as L{parseStoreURI} reads it. The environment changes nothing about
+            what that means.
         @param reservedSize: bytes to keep for a collector on a full disk; Nix's setting gc-reserved-space.
         @raise StoreError: it cannot be opened.
+        @raise nixserve.errors.UsageError: the URI names no such store.
         """
+        layout = parseStoreURI(layout, StoreDefaults()) if isinstance(layout, str) else layout
         self.layout = layout
         prepareDirectories(layout, reservedSize)
         self.database = Database(layout)

@@ -16,7 +16,7 @@ import pytest
 
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.errors import StoreError
+from nixserve.errors import StoreError, UsageError
 from nixserve.store import adding
 from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.layout import StoreLayout
@@ -56,6 +56,15 @@ class LocalStoreTests(StoreContract, unittest.TestCase):
 
 
 # --- what lies on disk ------------------------------------------------------------------------------------
+
+
+def test_openedByURI(tmp_path):
+    """A store may be named as Nix names it; what is no local store is an error."""
+    store = LocalStore(f"local?root={tmp_path}&read-only=false", reservedSize=0)
+    assert store.layout == StoreLayout.underRoot(str(tmp_path))
+    store.close()
+    with pytest.raises(UsageError, match="a remote store cannot be opened as a local one"):
+        LocalStore("ssh://host")
 
 
 def test_canonicalFiles(store, layout):
