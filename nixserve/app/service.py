@@ -1,5 +1,5 @@
 """
-The service that C{twistd nixserve} runs: a store, an SSH endpoint and a unix socket.
+The service that C{twistd nixserve} runs: a store, here or elsewhere, an SSH endpoint and a unix socket.
 
 Loading this module does nothing, and neither does making the service: files are opened and ports listened on when
 it starts.
@@ -26,19 +26,24 @@ from twisted.python import usage
 from twisted.python.failure import Failure
 
 from nixserve import __version__
-from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, readConfig, storeDefaults
+from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, parseStore, readConfig
 from nixserve.builder.local import LocalBuilder, SandboxMode
 from nixserve.builder.sandbox import sandboxProblem
 from nixserve.errors import FormatError, NixServeError, UsageError
 from nixserve.protocol.builds import Builds
+from nixserve.protocol.interfaces import IBuilds
 from nixserve.protocol.policy import Policy
 from nixserve.protocol.relay import RelayFactory
-from nixserve.protocol.server import ServeSessions
+from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.workers import Workers
+from nixserve.remote.address import RemoteAddress
+from nixserve.remote.builds import RemoteBuilds
+from nixserve.remote.store import MAX_THREADS, RemoteStore
 from nixserve.ssh.authorizedkeys import fingerprint, parseAuthorizedKey
 from nixserve.ssh.keys import AuthorizedKeysChecker, AuthorizedKeysFile, loadHostKey
 from nixserve.ssh.server import ServeFactory, ServeRealm
-from nixserve.store.layout import StoreLayout, parseStoreURI
+from nixserve.store.api import Store
+from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from twisted import __version__ as twistedVersion
 
@@ -59,7 +64,7 @@ class Options(usage.Options):
     )
     optParameters: ClassVar[list[list[Any]]] = [
         ["config", "c", None, "TOML file with any of the other options as its keys"],
-        ["store", None, None, "store to serve, as Nix spells it: /absolute/root, local?root=..., auto [STATE/store]"],
+        ["store", None, None, "store to serve: /absolute/root, local?root=..., auto, ssh://HOST [STATE/store]"],
         ["state", None, None, "directory of host key, authorized_keys, socket and embedded store"],
         ["authorized-keys", None, None, "who is let in, in OpenSSH's format; re-read when it changes"],
         ["host-key", None, None, "private host key, made if missing"],
@@ -116,7 +121,7 @@ class Options(usage.Options):
         try:
             self.settings = self._complete()
             Policy.parse(self.settings.defaultRights)
-            parseStoreURI(self.settings.store, storeDefaults(os.environ))
+            parseStore(self.settings.store, os.environ)
         except UsageError as e:
             raise usage.UsageError(str(e)) from e
 
@@ -157,7 +162,7 @@ class ServeService(Service):
         self._reactor = reactor
         self._environ = environ
         self._workers: Workers | None = None
-        self._store: LocalStore | None = None
+        self._store: Store | None = None
         self._builds: Builds | None = None
 
     def startService(self) -> None:
@@ -182,17 +187,16 @@ class ServeService(Service):
     def _start(self) -> None:
         settings = self.settings
         os.makedirs(settings.state, mode=0o700, exist_ok=True)
-        layout = parseStoreURI(settings.store, storeDefaults(self._environ))
+        place = parseStore(settings.store, self._environ)
         hostKey = loadHostKey(settings.hostKey)
         policy = Policy.parse(settings.defaultRights)
         self._prepareAuthorizedKeys()
-        self._store = LocalStore(layout)
-        self._workers = Workers(self._reactor)
-        self._workers.start()
-        self._builds = self._startBuilds(self._store, self._workers)
-        self.sessions = ServeSessions(
-            self._store, self._workers, self._reactor, self._isServed(layout), builds=self._builds
-        )
+        if isinstance(place, RemoteAddress):
+            builds = self._openRemote(place)
+        else:
+            builds = self._openLocal(place)
+        assert self._store is not None and self._workers is not None, "they have just been made"
+        self.sessions = ServeSessions(self._store, self._workers, self._reactor, self._isServed(place), builds=builds)
         numbers = itertools.count(1)
         realm = ServeRealm(self.sessions, self._reactor, policy, numbers)
         checker = AuthorizedKeysChecker(AuthorizedKeysFile(settings.authorizedKeys))
@@ -203,6 +207,21 @@ class ServeService(Service):
         relays = UNIXServerEndpoint(self._reactor, settings.socket, mode=0o600, wantPID=True)
         self._listen(f"unix:{settings.socket}", relays, RelayFactory(self.sessions, policy, numbers))
         self.log.info("serving {store}; the host key is {key}", store=settings.store, key=fingerprint(hostKey.public()))
+
+    def _openLocal(self, layout: StoreLayout) -> IBuilds | None:
+        """@return: who builds."""
+        store = self._store = LocalStore(layout)
+        workers = self._workers = Workers(self._reactor)
+        workers.start()
+        self._builds = self._startBuilds(store, workers)
+        return self._builds
+
+    def _openRemote(self, address: RemoteAddress) -> IBuilds | None:
+        """@return: who builds. Nothing is connected to before a client asks for something."""
+        self._store = RemoteStore.at(self._reactor, address, self._environ)
+        self._workers = Workers(self._reactor, MAX_THREADS)
+        self._workers.start()
+        return RemoteBuilds() if self.settings.maxJobs else None
 
     def _startBuilds(self, store: LocalStore, workers: Workers) -> Builds | None:
         """
@@ -271,12 +290,12 @@ class ServeService(Service):
             reason = getattr(error, "socketError", error)
             raise UsageError(f"cannot listen on '{text}': {getattr(reason, 'strerror', None) or reason}") from error
 
-    def _isServed(self, layout: StoreLayout) -> Callable[[str], bool]:
+    def _isServed(self, place: StoreLayout | RemoteAddress) -> Callable[[str], bool]:
         """Does a URI lead to the store that is open?"""
 
         def isServed(uri: str) -> bool:
             try:
-                return parseStoreURI(uri, storeDefaults(self._environ)) == layout
+                return parseStore(uri, self._environ) == place
             except UsageError:
                 return False
 

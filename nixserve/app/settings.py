@@ -14,15 +14,18 @@ from typing import Any
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import FormatError, UsageError
+from nixserve.remote.address import RemoteAddress
 from nixserve.store.layout import StoreDefaults, StoreLayout, chooseAutoRoot, parseStoreURI
 
 __all__ = [
     "ServiceSettings",
+    "chooseServedStore",
     "chooseStore",
     "defaultMaxJobs",
     "defaultStateDir",
     "homeDir",
     "logPath",
+    "parseStore",
     "readConfig",
     "storeDefaults",
 ]
@@ -54,11 +57,36 @@ def storeDefaults(environ: Environment) -> StoreDefaults:
 
 def chooseStore(uri: str | None, environ: Environment) -> StoreLayout:
     """
-    The store that a command means.
+    The store on this machine that a command means.
 
     @param uri: what C{--store} says, if it is given; else C{NIX_REMOTE} counts, else C{auto}.
     """
-    return parseStoreURI(uri or environ.get("NIX_REMOTE") or "auto", storeDefaults(environ))
+    return parseStoreURI(_chosen(uri, environ), storeDefaults(environ))
+
+
+def chooseServedStore(uri: str | None, environ: Environment) -> StoreLayout | RemoteAddress:
+    """
+    The store that a command serves: as L{chooseStore}, or one elsewhere.
+    """
+    return parseStore(_chosen(uri, environ), environ)
+
+
+def _chosen(uri: str | None, environ: Environment) -> str:
+    return uri or environ.get("NIX_REMOTE") or "auto"
+
+
+def parseStore(uri: str, environ: Environment) -> StoreLayout | RemoteAddress:
+    """
+    Where the store is that a URI names: on this machine, or elsewhere.
+
+    @raise UsageError: it names none.
+    """
+    if uri.startswith(_REMOTE_SCHEMES):
+        return RemoteAddress.parse(uri)
+    return parseStoreURI(uri, storeDefaults(environ))
+
+
+_REMOTE_SCHEMES = ("ssh://", "ssh-ng://", "unix://")
 
 
 def homeDir(environ: Environment) -> Path:

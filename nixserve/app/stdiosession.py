@@ -1,5 +1,5 @@
 """
-One session on the standard streams of this process, on a store that it opens itself.
+One session on the standard streams of this process, on a store that it opens itself, here or elsewhere.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ from twisted.logger import (
 )
 from zope.interface import provider
 
-from nixserve.app.settings import chooseStore, defaultMaxJobs, logPath
+from nixserve.app.settings import chooseServedStore, defaultMaxJobs, logPath
 from nixserve.builder.local import LocalBuilder
 from nixserve.errors import UsageError
 from nixserve.protocol.builds import Builds
 from nixserve.protocol.policy import Peer, Policy, Right
-from nixserve.protocol.server import ServeSessions
+from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.stdio import StdioTransport
 from nixserve.protocol.workers import Workers
+from nixserve.remote.address import RemoteAddress
+from nixserve.remote.builds import RemoteBuilds
+from nixserve.remote.store import RemoteStore
 from nixserve.ssh.command import ServeCommand
+from nixserve.store.api import Store
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 
@@ -47,13 +51,18 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
     @return: the exit status.
     """
     _startLog(logPath(environ))
-    store = LocalStore(_restrict(chooseStore(command.storeURI, environ), command.policy))
     runner: Any = reactor
     workers = Workers(runner)
-    builds = None
-    if Right.BUILD in command.policy.rights:
-        builds = Builds(store, LocalBuilder(store), workers, runner, defaultMaxJobs())
-    sessions = ServeSessions(store, workers, runner, builds=builds)
+    place = chooseServedStore(command.storeURI, environ)
+    builds: Builds | None = None
+    if isinstance(place, RemoteAddress):
+        store: Store = RemoteStore.at(runner, place, environ)
+        sessions = ServeSessions(store, workers, runner, builds=RemoteBuilds())
+    else:
+        store = local = LocalStore(_restrict(place, command.policy))
+        if Right.BUILD in command.policy.rights:
+            builds = Builds(local, LocalBuilder(local), workers, runner, defaultMaxJobs())
+        sessions = ServeSessions(store, workers, runner, builds=builds)
     statuses: list[int] = []
 
     def start() -> None:

@@ -5,7 +5,7 @@ The seams of the Twisted side, as zope interfaces.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProducer, IProtocol, ITransport
@@ -20,7 +20,7 @@ from nixserve.protocol.policy import Peer, Policy
 if TYPE_CHECKING:
     from nixserve.protocol.builds import BuildClient
 
-__all__ = ["IBuilds", "IErrorReceiver", "IInterruptible", "IServeSessions", "IServeTransport", "IWorkers"]
+__all__ = ["IBuilds", "IErrorReceiver", "IServeSessions", "IServeTransport", "IWorkers", "Interruptible"]
 
 
 class IServeTransport(ITransport):
@@ -126,10 +126,11 @@ class IBuilds(Interface):
         """
 
 
-class IInterruptible(Interface):
+@runtime_checkable
+class Interruptible(Protocol):
     """
-    A store's session whose calls may wait for somebody far away.
+    A store's session whose calls may wait for somebody far away. Sessions know nothing of zope interfaces.
     """
 
-    def interrupt() -> None:
+    def interrupt(self) -> None:
         """Have a call that runs in a thread fail soon; only closing is of use afterwards. Never waits."""

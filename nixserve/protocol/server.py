@@ -58,7 +58,7 @@ from nixserve.codec.serve import (
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteProtocolError
 from nixserve.protocol.builds import BuildClient
-from nixserve.protocol.interfaces import IBuilds, IInterruptible, IServeTransport, IWorkers
+from nixserve.protocol.interfaces import IBuilds, Interruptible, IServeTransport, IWorkers
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle
 from nixserve.protocol.workers import Door
@@ -518,8 +518,8 @@ class ServeServer(Protocol):
         self._exiting = True
         self._stall.close()
         self._door.abandon()
-        session = IInterruptible(self._session, None)
-        if session is not None and self._door.working:
+        session: object = self._session
+        if self._door.working and isinstance(session, Interruptible):
             session.interrupt()
         closing = self._door.call(self._closeSession)
         closing.addErrback(lambda failure: self.log.failure("closing session {peer.session}", failure, **self._facts()))

@@ -220,11 +220,12 @@ class Pair:
         @return: whether anything moved.
         """
         moved = self._move(self.clientSide, self.serverSide, self.server.dataReceived)
-        moved |= self._move(self.serverSide, self.clientSide, self.client.dataReceived)
-        if self.serverSide.errors:
+        # What a server says about a reply comes before it.
+        if self.serverSide.errors and not self.over:
             data, self.serverSide.errors = bytes(self.serverSide.errors), bytearray()
             self.client.errorReceived(data)
             moved = True
+        moved |= self._move(self.serverSide, self.clientSide, self.client.dataReceived)
         return moved | self._end()
 
     def flush(self, work: Callable[[], Any] = lambda: None) -> None:

@@ -9,9 +9,11 @@ from twisted.python import usage
 
 from nixserve.app import service as servicemodule
 from nixserve.app.service import Options, ServeService
-from nixserve.app.settings import ServiceSettings, readConfig
+from nixserve.app.settings import ServiceSettings, chooseServedStore, parseStore, readConfig
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.errors import UsageError
+from nixserve.remote.address import RemoteAddress
+from nixserve.store.layout import StoreLayout
 
 
 def parse(tmp_path, *words, config=None):
@@ -23,6 +25,33 @@ def parse(tmp_path, *words, config=None):
     options = Options()
     options.parseOptions(arguments)
     return options.settings
+
+
+class TestStores:
+    """Which store a URI means."""
+
+    @pytest.mark.parametrize("uri", ["ssh://me@host:22?remote-store=/x", "unix:///run/serve.sock"])
+    def test_remote(self, tmp_path, uri):
+        """A store may be elsewhere; the service takes it as it is written."""
+        assert parseStore(uri, {}) == RemoteAddress.parse(uri)
+        assert parse(tmp_path, "--store", uri).store == uri
+
+    def test_local(self, tmp_path):
+        """Everything else is on this machine."""
+        assert parseStore(str(tmp_path), {}) == StoreLayout.underRoot(str(tmp_path))
+        with pytest.raises(UsageError, match="cannot open store 'https://host'"):
+            parseStore("https://host", {})
+
+    def test_served(self, tmp_path):
+        """What a session on standard streams serves: its own argument, else C{NIX_REMOTE}."""
+        environ = {"NIX_REMOTE": "ssh://host"}
+        assert chooseServedStore(None, environ) == RemoteAddress.parse("ssh://host")
+        assert chooseServedStore(str(tmp_path), environ) == StoreLayout.underRoot(str(tmp_path))
+
+    def test_mistakes(self, tmp_path):
+        """What is wrong with a URL is said before anything starts."""
+        with pytest.raises(usage.UsageError, match="write it with ssh:// in front"):
+            parse(tmp_path, "--store", "ssh-ng://host")
 
 
 class TestBuilding:

@@ -13,7 +13,7 @@ from twisted.python import usage
 
 from nixserve.app.service import Options, ServeService, makeService
 from nixserve.app.settings import CONFIG_KEYS, ServiceSettings
-from tests.app.appsupport import Relay, refused, waitUntil
+from tests.app.appsupport import Relay, number, refused, string, waitUntil
 
 RUNNERS = [("twistd", "-n", "--pidfile="), ("twist",)]
 
@@ -60,7 +60,8 @@ def test_unknownOption(start):
         ("sandbox = 'yes'", "the value of 'sandbox' is 'yes'; it must be auto, on or off"),
         ("default-rights = 'fly'", "unknown right 'fly'; the rights are read, write, build, trust"),
         ("default-rights = 'write'", "cannot be given apart"),
-        ("store = 'ssh://elsewhere'", "cannot open store 'ssh://elsewhere'"),
+        ("store = 'https://elsewhere'", "cannot open store 'https://elsewhere'"),
+        ("store = 'ssh://else where'", "is no name of a host"),
     ],
 )
 def test_badConfig(box, start, content, complaint):
@@ -130,6 +131,34 @@ def test_configAndCommandLine(box, service):
     assert running.port != 1
     assert (box.path / "elsewhere/nix/var/nix/db/db.sqlite").exists()
     assert not (running.state / "store").exists()
+
+
+class TestRemoteStore:
+    """A store behind another program."""
+
+    def test_serves(self, box, service):
+        """It is opened when a client asks for something, and what the client adds is there."""
+        root = box.path / "far"
+        program = box.command("nixserve-store")[0]
+        running = service("--store", f"ssh://localhost?remote-program={program}&remote-store={root}")
+        relay = Relay(box, running)
+        assert not root.exists()
+        relay.send(number(1), number(1), number(0), number(1), string(f"/nix/store/{'0' * 32}-x"))
+        assert relay.process.stdout.read(8) == number(0)
+        assert len(os.listdir(root / "nix/var/nix/temproots")) == 1
+        assert running.stop() < 10
+        assert os.listdir(root / "nix/var/nix/temproots") == []
+
+    def test_cannotConnect(self, box, service):
+        """A store that cannot be reached fails the session that asks for it, with a line that says why."""
+        running = service("--store", f"ssh://localhost?remote-program={box.path}/nothing")
+        relay = Relay(box, running)
+        relay.send(number(1), number(0), number(0), number(0))
+        relay.send(number(1), number(1), number(0), number(1), string(f"/nix/store/{'0' * 32}-x"))
+        _, errors = relay.process.communicate(timeout=20)
+        assert relay.process.returncode == 1
+        assert b"error: ssh://localhost: " in errors and b"nothing" in errors
+        assert running.process.poll() is None
 
 
 class TestFirstStart:
