@@ -28,6 +28,7 @@ NOT_RUN = {
 """All exceptions. A new one needs a reason as good as these."""
 
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.*?) -->\n)?```(?:sh|console)\n(?P<text>.*?)^```$", re.M | re.S)
+PROGRAM = re.compile(r"^```python\n(?P<text># (?P<name>\w+\.py)\n.*?)^```$", re.M | re.S)
 SERVICE = re.compile(r"^(twistd -n|twist)\b.* nixserve\b")
 
 
@@ -60,7 +61,10 @@ class Page:
         known = box.home / ".ssh/known_hosts"
         script.write_text(f'#!/bin/sh\nexec {ssh} -F none -i {key} -o UserKnownHostsFile={known} "$@"\n')
         script.chmod(0o755)
-        (tools / "python").symlink_to(sys.executable)
+        # A link would not find its virtual environment.
+        python = tools / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
         nix = box.path / "nix"
         self.auto = {f"NIX_{name}_DIR": str(box.path / "auto" / name.lower()) for name in ("STORE", "STATE", "LOG")}
         box.environ.update(
@@ -123,7 +127,7 @@ def freePort():
 
 def marked(page):
     """A page as a parameter: with what its commands need."""
-    builds = any("--builders" in commands for _, commands in blocks(page))
+    builds = any("--builders" in commands or "buildRemotely" in page.read_text() for _, commands in blocks(page))
     return pytest.param(page, id=page.name, marks=[needsSandbox] if builds else [])
 
 
@@ -134,6 +138,8 @@ def test_blocksRun(page, box):
     for program in ("nix", "nix-store", "ssh", "ssh-keygen", "bash"):
         requireProgram(program)
     sandbox = Page(box)
+    for match in PROGRAM.finditer(page.read_text()):
+        (box.path / match["name"]).write_text(match["text"])
     for reason, commands in blocks(page):
         if reason is None:
             sandbox.run(commands)
@@ -152,9 +158,18 @@ def test_everyBlockIsSeen():
         found = re.findall(r"^```(.*)\n((?:.*\n)*?)```$", page.read_text(), re.M)
         assert page.read_text().count("\n```") == 2 * len(found), page
         for language, text in found:
-            assert language in {"", "sh", "console", "toml", "ini"}, page
+            assert language in {"", "sh", "console", "toml", "ini", "python"}, page
             isCommand = re.search(r"^(twistd|nix|nixserve|pip|ssh|apt)\b(?!:)", text, re.M)
             assert language or not isCommand, f"{page}: {text}"
+
+
+def test_programsAreRun():
+    """Each program in the documentation says what file it is, and a block of commands runs it."""
+    for page in PAGES:
+        names = [match["name"] for match in PROGRAM.finditer(page.read_text())]
+        assert page.read_text().count("```python") == len(names) == len(set(names)), page
+        for name in names:
+            assert any(f"python {name}" in commands for reason, commands in blocks(page) if reason is None), name
 
 
 def test_setUp():
