@@ -1,25 +1,60 @@
 """
-The C{nixserve} command. Each subcommand is a module C{cmd_*} with its parser and body together; what they raise
-becomes an exit status here, and only here.
+The C{nixserve} command. Each subcommand is a module C{cmd_*} with its parser and body together, imported when it is
+asked for; what they raise becomes an exit status here, and only here.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
+from typing import Any, Final
 
 import click
 
 from nixserve import __version__
-from nixserve.app.cmd_demo import demo
-from nixserve.app.cmd_pathinfo import pathInfo
 from nixserve.errors import NixServeError
 
 __all__ = ["main", "nixserve"]
 
+INTERRUPTED: Final = 130
+"""What a shell says of a command that SIGINT has ended: 128 and the number of the signal."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_COMMANDS: Final = {
+    "build": ("cmd_build", "build"),
+    "copy": ("cmd_copy", "copy"),
+    "demo": ("cmd_demo", "demo"),
+    "path-info": ("cmd_pathinfo", "pathInfo"),
+}
+"""By name: the module and what it is called there."""
+
+
+class _Commands(click.Group):
+    """Imports a command when it is asked for: each needs other things, and all together take long to import."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, for the help."""
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f"nixserve.app.{module}"), name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Click itself would exit with 1 for Ctrl-C, as for a failure."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nAborted!", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nixserve")
 def nixserve() -> None:
     """Nix stores over SSH: the protocol of 'nix-store --serve'.
@@ -28,12 +63,11 @@ def nixserve() -> None:
     """
 
 
-nixserve.add_command(demo)
-nixserve.add_command(pathInfo)
-
-
 def main() -> None:
-    """The command. Exit status: 0 done, 1 refused or failed, 2 wrong usage."""
+    """
+    The command. Exit status: 0 done, 1 refused or failed, 2 wrong usage, 100 to 104 as 'nix-store -r' for builds that
+    failed, 130 interrupted.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # What a terminal cannot show is no reason to fail.
@@ -50,11 +84,13 @@ def main() -> None:
 
 def _fail(text: str, status: int, error: BaseException) -> None:
     """
-    End with one line, behind what the log has to say about it, if anything.
+    End with one line, behind what the log has to say about it, if anything, and before what else should be known.
 
     @raise SystemExit: always.
     """
     for note in getattr(error, "__notes__", ()):
         click.echo(note, err=True)
     click.echo(f"error: {text}", err=True)
+    if hint := getattr(error, "hint", ""):
+        click.echo(hint, err=True)
     sys.exit(status)

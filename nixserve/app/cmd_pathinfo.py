@@ -12,9 +12,10 @@ from typing import Any
 
 import click
 
+from nixserve.app.arguments import toStorePath
 from nixserve.app.settings import chooseStore
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
-from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.codec.storepath import StorePath
 from nixserve.store.api import InvalidPath, StoreSession
 from nixserve.store.local import LocalStore
 
@@ -40,7 +41,7 @@ def pathInfo(
     opened = LocalStore(replace(chooseStore(store, os.environ), readOnly=True))
     try:
         session = opened.openSession()
-        asked = [_toStorePath(opened.storeDir, path) for path in paths]
+        asked = [toStorePath(opened.storeDir, path) for path in paths]
         wanted: Iterable[StorePath] = session.queryClosure(asked) if recursive else asked
         infos = session.queryPathInfos(list(wanted))
         for path in asked:
@@ -54,17 +55,6 @@ def pathInfo(
                 click.echo("\t".join(_columns(infos[path], size, closure, sigs)))
     finally:
         opened.close()
-
-
-def _toStorePath(storeDir: StoreDir, text: str) -> StorePath:
-    """
-    The object that C{text} names: it, a file in it, or what a symbolic link outside the store leads to.
-
-    @raise nixserve.errors.FormatError: it names none.
-    """
-    if not storeDir.isInStore(text) and os.path.lexists(text):
-        text = os.path.realpath(text)
-    return storeDir.toStorePath(text)
 
 
 def _closureSize(session: StoreSession, path: StorePath) -> int:

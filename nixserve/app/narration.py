@@ -4,19 +4,16 @@ What a run of C{nixserve demo} looks like.
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import click
-from tqdm import tqdm
 
 from nixserve.app.demonstration import HOST, Build, Copy, Narrator, Server
+from nixserve.app.progress import CopyReport, Screen
 from nixserve.app.recipe import Recipe
 from nixserve.app.sample import Sample
-from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.app.text import formatBytes
 from nixserve.protocol.copying import CopyProgress
 
-__all__ = ["Bar", "PrintingNarrator", "formatBytes"]
+__all__ = ["PrintingNarrator"]
 
 _COLUMNS = "  {:<14}{:>6}{:>13}{:>11}{:>14}"
 
@@ -48,7 +45,7 @@ class PrintingNarrator(Narrator):
 
     def progress(self, what: str) -> CopyProgress:
         """See L{Narrator}."""
-        return Bar(what) if sys.stderr.isatty() else CopyProgress()
+        return CopyReport(Screen(), f"  {what}")
 
     def copied(self, what: str, copy: Copy) -> None:
         """See L{Narrator}."""
@@ -88,44 +85,6 @@ class PrintingNarrator(Narrator):
         click.echo()
         click.secho("  ✓ ", fg="green", bold=True, nl=False)
         click.echo("fetched the output, and counted again here: its contents and references are right")
-
-
-class Bar(CopyProgress):
-    """
-    A bar on standard error with bytes, rate and time left; it vanishes when everything has been copied.
-    """
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bar: tqdm[Any] | None = None
-        self._left = 0
-
-    def planned(self, infos: Any, present: int) -> None:
-        """See L{CopyProgress}."""
-        self._left = len(infos)
-        if infos:
-            total = sum(info.narSize for info in infos)
-            self._bar = tqdm(total=total, desc=f"  {self._what}", unit="B", unit_scale=True, leave=False)
-
-    def moved(self, size: int) -> None:
-        """See L{CopyProgress}."""
-        if self._bar is not None:
-            self._bar.update(size)
-
-    def copied(self, info: ValidPathInfo) -> None:
-        """See L{CopyProgress}."""
-        self._left -= 1
-        if not self._left and self._bar is not None:
-            self._bar.close()
-
-
-def formatBytes(size: int) -> str:
-    """A size as people say it: C{12.3 MB}."""
-    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.95 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def _step(title: str, text: str) -> None:

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from nixserve.app.narration import formatBytes
 from nixserve.app.sample import addTree
+from nixserve.app.text import formatBytes
 from nixserve.codec.pathinfo import topoSort
 from nixserve.testing import addObject, makeInfo, makeNar
-from tests.app.appsupport import TIMEOUT, refused
+from tests.app.appsupport import BIN, TIMEOUT, refused
 from tests.interop.nix import requireProgram
 
 
@@ -30,7 +30,7 @@ class TestMistakes:
     @pytest.mark.parametrize("option", ["-h", "--help"])
     def test_help(self, box, option):
         """Each command has a help."""
-        for command in ([], ["demo"], ["path-info"]):
+        for command in ([], ["demo"], ["path-info"], ["copy"], ["build"]):
             done = box.run("nixserve", *command, option)
             assert done.returncode == 0
             assert "Usage: nixserve" in done.stdout
@@ -75,7 +75,7 @@ class TestMistakes:
         else:
             os.chmod(root / "nix/var/nix/db", 0)
             leave = ""
-        code = f"import sys; from nixserve.app.cli import main, nixserve; import importlib.resources\n{leave}main()"
+        code = f"from nixserve.app import cli, cmd_pathinfo; import importlib.resources\n{leave}cli.main()"
         done = subprocess.run(
             [sys.executable, "-c", code, "path-info", "--store", str(root), "/nix/store/" + "0" * 32 + "-x"],
             capture_output=True,
@@ -98,6 +98,45 @@ class TestMistakes:
         """A terminal that lacks a character is no reason to fail."""
         done = box.run("nixserve", "demo", "--no-ssh", env={"PYTHONIOENCODING": "ascii"})
         assert done.returncode == 0, done.stderr
+
+
+class TestStart:
+    """What a command imports: people wait for it."""
+
+    def imported(self, box, *arguments):
+        """Run C{nixserve}; the top-level names of what it has imported."""
+        code = (
+            "import sys, nixserve.app.cli as cli\n"
+            "try: cli.main()\n"
+            "finally: print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+        )
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT, env=box.environ, cwd=box.path, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return set(done.stderr.split())
+
+    def test_withoutTwisted(self, box):
+        """Help and C{path-info} need no Twisted, nor does the version SQLite."""
+        root, store = box.store()
+        nar = makeNar(b"x")
+        addObject(store.openSession(), makeInfo("x", nar), nar)
+        store.close()
+        for arguments in (["--help"], ["copy", "--help"], ["build", "--help"]):
+            assert "twisted" not in self.imported(box, *arguments)
+        assert "twisted" not in self.imported(box, "path-info", "--store", root, makeInfo("x", nar).path)
+        assert "sqlite3" not in self.imported(box, "--version")
+
+    def test_withoutBar(self, box):
+        """A copy that nobody watches needs no bar."""
+        root, store = box.store()
+        nar = makeNar(b"x")
+        addObject(store.openSession(), makeInfo("x", nar), nar)
+        store.close()
+        there = f"ssh://localhost?remote-program={BIN / 'nixserve-store'}&remote-store={box.path / 'there'}"
+        imported = self.imported(box, "copy", "--store", root, "--to", there, makeInfo("x", nar).path)
+        assert "twisted" in imported and "tqdm" not in imported
 
 
 class TestPathInfo:

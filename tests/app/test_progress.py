@@ -1,0 +1,155 @@
+"""
+What people see of a copy: lines, bars and facts; and what of a remote's text reaches them.
+"""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from twisted.internet.task import Clock
+
+from nixserve.app import progress
+from nixserve.app.bothsides import MAX_LINE, RemoteLines
+from nixserve.app.progress import CopyReport, Screen
+from nixserve.app.text import onOneLine, printable
+from nixserve.testing import makeInfo, makeNar
+
+
+class Terminal(io.StringIO):
+    """A standard error that somebody is watching."""
+
+    def isatty(self):
+        """It is one."""
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Standard error is a terminal, and bars are drawn at every step."""
+    stream = Terminal()
+    # That of sys is pytest's, another one in each phase of a test.
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
+    monkeypatch.setattr(progress, "REFRESH_SECONDS", 0)
+    return stream
+
+
+INFOS = [makeInfo(f"path-{number}", makeNar(b"x" * number)) for number in range(3)]
+SIZE = sum(info.narSize for info in INFOS)
+
+
+class TestReport:
+    """L{CopyReport}."""
+
+    def test_bar(self, terminal):
+        """It shows bytes and paths, and goes with the last path; the next copy has one of its own."""
+        report = CopyReport(Screen(), "copying")
+        for _ in range(2):
+            report.planned(INFOS, 4)
+            for number, info in enumerate(INFOS, 1):
+                report.moved(info.narSize)
+                report.copied(info)
+                last = terminal.getvalue().rpartition("\r")[2] if number < 3 else ""
+                assert number == 3 or f", {number}/3 paths [" in last
+            assert terminal.getvalue().endswith("\r")
+        assert f"{SIZE}/{SIZE}" in terminal.getvalue()
+        assert report.paths == 6
+
+    def test_line(self, terminal):
+        """A line stands above the bar."""
+        screen = Screen()
+        report = CopyReport(screen, "copying")
+        report.planned(INFOS, 0)
+        screen.line("above")
+        _, line, after = terminal.getvalue().rpartition("above\n")
+        assert line and "0/3 paths" in after
+        screen.endBar()
+
+    def test_noBar(self, terminal, monkeypatch):
+        """Without a terminal, or anything to copy, there is none."""
+        CopyReport(Screen(), "copying").planned([], 3)
+        monkeypatch.setattr(terminal, "isatty", lambda: False)
+        report = CopyReport(Screen(), "copying")
+        report.planned(INFOS, 0)
+        report.moved(SIZE)
+        report.copied(INFOS[0])
+        assert terminal.getvalue() == ""
+
+    def test_facts(self):
+        """What happens is told as facts; if wanted, what will be copied too."""
+        facts = []
+        report = CopyReport(Screen(), "copying", facts.append, listPaths=True)
+        report.planned(INFOS[:1], 4)
+        report.copied(INFOS[0])
+        path = {"path": INFOS[0].path, "narSize": INFOS[0].narSize}
+        assert facts == [
+            {"event": "planned", "paths": 1, "narBytes": INFOS[0].narSize, "present": 4},
+            {"event": "missing", **path},
+            {"event": "copied", **path},
+        ]
+
+
+class TestRemoteLines:
+    """L{RemoteLines}."""
+
+    def setup_method(self):
+        """One whose lines are kept."""
+        self.clock, self.shown = Clock(), []
+        self.lines = RemoteLines(self.clock, self.shown.append, "host: ")
+
+    def test_whole(self):
+        """Lines are shown a moment later, whole, with the prefix of their time; what is left, at the end."""
+        self.lines.feed(b"a li")
+        self.lines.feed(b"ne\nanother\nha")
+        self.lines.prefix = "later: "
+        assert self.shown == []
+        self.clock.advance(1)
+        assert self.shown == ["host: a line", "host: another"]
+        self.lines.end()
+        assert self.shown[2:] == ["later: ha"]
+
+    def test_endless(self):
+        """A line without an end is shown in pieces."""
+        self.lines.feed(b"x" * (MAX_LINE + 1))
+        self.clock.advance(1)
+        assert self.shown == ["host: " + "x" * (MAX_LINE + 1)]
+
+    def test_error(self):
+        """What the error says is not shown as well; nothing is after the end."""
+        self.lines.feed(b"harmless\nerror: \x1b[31mbad\x1b[0m\n@@@@@\n@ WARNING @")
+        self.lines.end("host: failed (error: bad WARNING)")
+        self.lines.feed(b"afterwards\n")
+        self.clock.advance(1)
+        assert self.shown == ["host: harmless"]
+
+    def test_block(self):
+        """As a context manager it ends with a block that fails, not with one that does not."""
+        with self.lines:
+            pass
+        with pytest.raises(ZeroDivisionError), self.lines:
+            self.lines.feed(b"before\n")
+            raise ZeroDivisionError
+        self.lines.feed(b"after\n")
+        self.clock.advance(1)
+        assert self.shown == ["host: before"]
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "coloured"),
+    [
+        ("a\tb ü", "a\tb ü", "a\tb ü"),
+        ("\x1b[1;31mred\x1b[0m", "red", "\x1b[1;31mred\x1b[0m"),
+        ("\x1b[2J\x1b[10;10Hx\x1b]0;title\x07y\x1b]2;t\x1b\\z\x1bc!", "xyz!", "xyz!"),
+        ("a\rb\x07\x08\x00\x9b2J", "ab2J", "ab2J"),
+        ("\x1b[31", "[31", "[31"),
+        ("\x1b", "", ""),
+    ],
+)
+def test_printable(text, plain, coloured):
+    """Nothing that a terminal would obey is left but, if wanted, colours."""
+    assert printable(text) == plain
+    assert printable(text, colours=True) == coloured
+
+
+def test_onOneLine():
+    """Lines become one."""
+    assert onOneLine("a \n\n \x1b[31mb\x1b[0m\r\nc\n") == "a b c"
