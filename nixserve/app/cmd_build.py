@@ -89,21 +89,17 @@ def exitStatus(results: list[BuildResult]) -> int:
     """
     What C{nix-store -r} exits with (Nix 2.8, src/libstore/build/worker.cc, exitStatus): bits for permanent failures,
     timeouts, wrong hashes and differing outputs, 1 if there are only others, 0 if there are no failures.
-
-    Of a dependency that failed only the text is known.
     """
     from nixserve.builder.outputs import HASH_MISMATCH
 
     bits, failed = 0, False
     for result in results:
         failed |= not result.success
-        text = printable(result.errorMsg) if not result.success else ""
-        ofDependency = result.status == BuildStatus.DEPENDENCY_FAILED
-        if result.status == BuildStatus.TIMED_OUT or (ofDependency and "timed out after" in text):
+        if result.status == BuildStatus.TIMED_OUT:
             bits |= 0b101
-        elif HASH_MISMATCH in text and (ofDependency or result.status == BuildStatus.OUTPUT_REJECTED):
+        elif result.status == BuildStatus.OUTPUT_REJECTED and HASH_MISMATCH in printable(result.errorMsg):
             bits |= 0b110
-        elif result.status == BuildStatus.PERMANENT_FAILURE or ofDependency:
+        elif result.status in (BuildStatus.PERMANENT_FAILURE, BuildStatus.DEPENDENCY_FAILED):
             bits |= 0b100
         elif result.status == BuildStatus.NOT_DETERMINISTIC:
             bits |= 0b1000
@@ -196,7 +192,7 @@ class _Session:
     One run of the command, in the reactor.
 
     @ivar failed: the builds that have.
-    @ivar results: of all builds that have ended.
+    @ivar results: of all builds that have ended; in place of one whose dependency failed, that of the dependency.
     """
 
     def __init__(
@@ -239,7 +235,7 @@ class _Session:
                 await sides.here[0].call(self._links.check, target.drvPath, target.outputs or {"out"})
         for target in self._targets:
             done = await self._build(sides, target)
-            self.results.append(done.result)
+            self.results.append(done.cause or done.result)
             if done.result.success:
                 links = {}
                 if self._asked.links:

@@ -480,6 +480,9 @@ class RemoteFailure(RemoteError):
 
     def __str__(self) -> str:
         reason = f"the remote said: {self.said}" if self.said else self.why
+        if self.said and self.about.startswith("building") and "error:" not in self.said:
+            # The log of the build: no reason.
+            reason = f"{self.why}; {reason}"
         return ": ".join(filter(None, (self.name, self.about, reason)))
 
 

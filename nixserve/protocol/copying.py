@@ -21,7 +21,7 @@ from twisted.internet.defer import Deferred, DeferredList, FirstError, gatherRes
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import minorOf
 from nixserve.codec.storepath import StorePath
-from nixserve.errors import LocalProtocolError, RemoteError, StoreError
+from nixserve.errors import LocalProtocolError, RemoteError, UsageError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.schedule import Schedule
@@ -111,7 +111,7 @@ def copyClosure(
     everything asked about stays in the remote store, and what came here or was here stays here. (Whoever copies from
     here makes what must not vanish meanwhile roots of his session: a store that is only read takes none.)
 
-    @param closure: otherwise only C{paths} themselves; what they refer to must be there.
+    @param closure: otherwise only C{paths} themselves; what they refer to must be there, or it is a L{UsageError}.
     @param substitute: the remote, if it is the target, shall try to fetch the paths from its own substituters first.
     @param includeOutputs: also what derivations among them have built.
     @param dryRun: only ask.
@@ -276,11 +276,11 @@ def _withReferences(paths: frozenset[StorePath], infos: Mapping[StorePath, Valid
 
 def _requireReferences(missing: Sequence[ValidPathInfo], present: Collection[StorePath], where: str) -> None:
     """
-    @raise StoreError: something to be copied refers to what neither is there nor will be copied.
+    @raise UsageError: something to be copied refers to what neither is there nor will be copied.
     """
     available = {*present, *(info.path for info in missing)}
     for info in missing:
         for reference in sorted(info.references - available):
-            raise StoreError(
+            raise UsageError(
                 f"'{info.path}' refers to '{reference}', which {where} lacks; copy the closure, or that too"
             )

@@ -52,7 +52,8 @@ class RemoteBuild:
     What came of a remote build.
 
     @ivar drvPath: what was asked for.
-    @ivar result: what came of that; if a dependency failed, L{BuildStatus.DEPENDENCY_FAILED} and why it did.
+    @ivar result: what came of that; if a dependency failed, L{BuildStatus.DEPENDENCY_FAILED}.
+    @ivar cause: if a dependency failed, what came of that.
     @ivar outputs: the outputs asked for, by name; empty on failure.
     @ivar sent: what was copied there.
     @ivar fetched: what was copied here, or C{None} if nothing was to be.
@@ -63,6 +64,7 @@ class RemoteBuild:
     outputs: Mapping[str, StorePath] = field(default_factory=dict)
     sent: Copied = _NOTHING
     fetched: Copied | None = None
+    cause: BuildResult | None = None
 
     def raiseForStatus(self) -> None:
         """
@@ -130,7 +132,7 @@ def buildRemotely(
         sent = await building.send(progress)
         result = await building.build(options, onBuild)
         if not result.success:
-            return RemoteBuild(root.path, result, sent=sent)
+            return RemoteBuild(root.path, result, sent=sent, cause=building.cause)
         found = root.wantedPaths()
         fetched = await copyClosure(client, here, list(found.values()), progress=progress) if fetch else None
         return RemoteBuild(root.path, result, found, sent, fetched)
@@ -182,7 +184,10 @@ class _Building:
     One call of L{buildRemotely}.
 
     @ivar order: what is to be built, dependencies first.
+    @ivar cause: what came of the dependency that failed.
     """
+
+    cause: BuildResult | None = None
 
     def __init__(self, client: ServeClient, here: DeferredSession, substitute: bool, roots: bool) -> None:
         """
@@ -318,6 +323,7 @@ class _Building:
             if not result.success:
                 if job is self.order[-1]:
                     return result
+                self.cause = result
                 reason = f"its dependency '{job.path}' failed to build: {result.errorMsg}"
                 return BuildResult(BuildStatus.DEPENDENCY_FAILED, reason)
             job.outputs |= {name: realisation.outPath for name, realisation in result.builtOutputs.items()}

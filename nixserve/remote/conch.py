@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from twisted.conch.ssh.keys import Key
-from twisted.internet.error import ConnectionRefusedError, DNSLookupError
-from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.endpoints import connectProtocol
+from twisted.internet.error import ConnectError, ConnectionRefusedError, DNSLookupError
+from twisted.internet.interfaces import IProtocol, IStreamClientEndpoint
 
 from nixserve.errors import UsageError
+from nixserve.protocol.workers import Door
 from nixserve.remote.address import SSH_PORT, RemoteAddress
 from nixserve.remote.failures import CannotConnect
 from nixserve.ssh.client import HostKeyError, LoginError, SSHCommandEndpoint, SSHError, readKnownHosts
 from nixserve.ssh.keys import readPrivateKey
 
-__all__ = ["GLOBAL_KNOWN_HOSTS", "Login", "explainSSH", "makeEndpoint", "readLogin"]
+__all__ = ["GLOBAL_KNOWN_HOSTS", "Login", "connectConch", "explainSSH", "makeEndpoint", "readLogin"]
 
 GLOBAL_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts"
 """Host keys that the machine's administrator vouches for (ssh(1), FILES)."""
@@ -31,6 +33,28 @@ IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
 """The user's keys in C{~/.ssh} that are tried, in this order."""
 
 _USE_OPENSSH = "leave ssh-client=conch out of the URL: ssh asks for passphrases, or an agent"
+
+
+async def connectConch(
+    reactor: Any,
+    address: RemoteAddress,
+    environ: Mapping[str, str],
+    protocol: IProtocol,
+    command: str,
+    timeoutSeconds: float,
+    door: Door,
+) -> None:
+    """
+    Connect C{protocol} to a command on the other host.
+
+    @param door: what the user's files are read through.
+    @raise CannotConnect: that is not possible.
+    """
+    login = await door.call(readLogin, address, environ)
+    try:
+        await connectProtocol(makeEndpoint(reactor, address, login, command, timeoutSeconds), protocol)
+    except (SSHError, ConnectError, DNSLookupError) as e:
+        raise explainSSH(address, login, e) from e
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.endpoints import UNIXClientEndpoint, connectProtocol
-from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.error import ConnectError
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
+from twisted.python.reflect import namedAny
 
 from nixserve.codec.relay import RelayHeader
 from nixserve.codec.serve import SERVER_MAGIC
@@ -22,12 +23,10 @@ from nixserve.protocol.client import RemoteFailure, ServeClient
 from nixserve.protocol.relayclient import RelayTransport
 from nixserve.protocol.workers import Door, whenFired
 from nixserve.remote.address import RemoteAddress, Via
-from nixserve.remote.conch import explainSSH, makeEndpoint, readLogin
 from nixserve.remote.failures import CannotConnect, Evidence, explain, noProgram, tooSlow
 from nixserve.remote.localfiles import PrivateFile, ReactorThreads, findProgram
 from nixserve.remote.master import SSHMaster
 from nixserve.remote.openssh import knownHostsLine, sshArguments, sshEnvironment
-from nixserve.ssh.client import SSHError
 
 __all__ = ["SETUP_SECONDS", "connect"]
 
@@ -185,13 +184,12 @@ class _Attempt:
                 await self._door.call(file.remove)
 
     async def _conch(self) -> None:
-        address = self._address
-        login = await self._door.call(readLogin, address, self._environ)
-        endpoint = makeEndpoint(self._reactor, address, login, address.command(self._write), self._timeoutSeconds)
-        try:
-            await connectProtocol(endpoint, self.client)
-        except (SSHError, ConnectError, DNSLookupError) as e:
-            raise explainSSH(address, login, e) from e
+        # Loaded only where it is wanted: Conch and its cryptography take longer to load than ssh to start.
+        connectConch = namedAny("nixserve.remote.conch.connectConch")
+        command = self._address.command(self._write)
+        await connectConch(
+            self._reactor, self._address, self._environ, self.client, command, self._timeoutSeconds, self._door
+        )
         await self.client.ready
 
     async def _socket(self) -> None:

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from twisted.internet.defer import DeferredList
+
 from nixserve.protocol.client import ServeClient
 from nixserve.remote.address import RemoteAddress, Via
 from nixserve.remote.connecting import connect
@@ -31,8 +33,10 @@ async def severalSessions(
     async with AsyncExitStack() as stack:
         if count > 1 and address.via is Via.OPENSSH:
             options["master"] = await stack.enter_async_context(SSHMaster(reactor, address, environ))
-        clients = []
-        for _ in range(count):
-            client = await connect(reactor, address, environ=environ, **options)
-            clients.append(await stack.enter_async_context(client))
+        connecting = [connect(reactor, address, environ=environ, **options) for _ in range(count)]
+        results: list[tuple[bool, Any]] = await DeferredList(connecting, consumeErrors=True)
+        clients = [await stack.enter_async_context(client) for connected, client in results if connected]
+        for connected, failure in results:
+            if not connected:
+                failure.raiseException()
         yield clients

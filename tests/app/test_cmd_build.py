@@ -353,8 +353,6 @@ class TestFailures:
         ([(BuildStatus.TRANSIENT_FAILURE, "")], 1),
         ([(77, "")], 1),
         ([(BuildStatus.DEPENDENCY_FAILED, "failed with exit code 3")], 100),
-        ([(BuildStatus.DEPENDENCY_FAILED, "building of 'x' timed out after 3 seconds")], 101),
-        ([(BuildStatus.DEPENDENCY_FAILED, MISMATCH)], 102),
         ([(BuildStatus.BUILT, ""), (BuildStatus.MISC_FAILURE, "")], 1),
         ([(BuildStatus.PERMANENT_FAILURE, ""), (BuildStatus.OUTPUT_REJECTED, MISMATCH)], 102),
     ],

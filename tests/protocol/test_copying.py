@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import globalLogPublisher
 
 from nixserve.codec.hashes import hashBytes
-from nixserve.errors import RemoteError, StoreError
+from nixserve.errors import RemoteError, StoreError, UsageError
 from nixserve.protocol import transfers
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
@@ -280,7 +280,7 @@ def test_noClosure(copy):
     source, target = sides(joined, copy)
     closure = makeClosure(3)
     infos = add(source, closure)
-    with pytest.raises(StoreError, match=f"'{infos[2].path}' refers to '{infos[1].path}', which"):
+    with pytest.raises(UsageError, match=f"'{infos[2].path}' refers to '{infos[1].path}', which"):
         joined.run(copy, infos[2].path, closure=False)
     assert joined.valid(target, infos) == []
     joined = Copying()
