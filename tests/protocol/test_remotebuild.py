@@ -1,0 +1,245 @@
+"""What a remote build sends, asks for and fetches; client and server joined in memory, builds by a script."""
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred
+
+from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
+from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, drvPathOf, outputPaths, unparse
+from nixserve.codec.hashes import hashBytes
+from nixserve.codec.messages import BuildOptions
+from nixserve.codec.nar import regularEnd, regularStart
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.storepath import StoreDir
+from nixserve.errors import BuildError, FormatError, StoreError
+from nixserve.protocol.remotebuild import buildRemotely, planRemoteBuild
+from nixserve.store.memory import MemoryStore
+from nixserve.testing import Built, Joined, addObject, buildTrees, makeInfo, makeNar
+
+STORE_DIR = StoreDir()
+ANY = makeInfo("any", b"").path
+"""Stands for outputs while their paths are being computed."""
+
+
+class Farm:
+    """
+    A store here and one there.
+
+    @ivar built: what the remote has been asked to build: names, with what each could use.
+    @ivar answers: what comes of a build, by name, if not success.
+    """
+
+    def __init__(self):
+        self.local, self.remote = MemoryStore(), MemoryStore()
+        self.built, self.answers, self.drvs = [], {}, {}
+        self.joined = Joined(self.remote, build=self.answer)
+        self.client = self.joined.client
+        self.here = self.joined.session(self.local)
+
+    def answer(self, drvPath, drv):
+        """Play the builder."""
+        self.built.append((drv.name, {path.name for path in drv.inputSrcs}))
+        if drv.name in self.answers:
+            return self.answers[drv.name]
+        return buildTrees(drvPath, drv, {name: f"{drv.name}-{name}".encode() for name in drv.outputs})
+
+    def add(self, store, name):
+        """A source in a store."""
+        nar = makeNar(name.encode())
+        info = makeInfo(name, nar)
+        addObject(store.openSession(), info, nar)
+        return info.path
+
+    def derivation(self, name, inputs=(), sources=(), outputs=("out",)):
+        """
+        A .drv in the store here.
+
+        @param inputs: pairs of a .drv and names of its outputs.
+        """
+        inputDrvs = {path: frozenset(names) for path, names in inputs}
+        bare = Derivation(
+            name, {output: DerivationOutput(ANY) for output in outputs}, frozenset(sources), "x86_64-linux", "/bin/sh",
+            ("-c", ":"), dict.fromkeys(outputs, ""), inputDrvs,
+        )  # fmt: skip
+        paths = outputPaths(bare, self.drvs.__getitem__, STORE_DIR, {})
+        drv = Derivation(
+            name, {output: DerivationOutput(path) for output, path in paths.items()}, bare.inputSrcs, bare.platform,
+            bare.builder, bare.args, dict(paths), inputDrvs,
+        )  # fmt: skip
+        text = unparse(drv)
+        nar = regularStart(b"", False, len(text)) + text + regularEnd(b"", len(text))
+        path = drvPathOf(drv, STORE_DIR)
+        ca = ContentAddress(ContentAddressMethod.TEXT, hashBytes("sha256", text))
+        references = frozenset(inputDrvs) | drv.inputSrcs
+        info = ValidPathInfo(path, hashBytes("sha256", nar), len(nar), references, ca=ca)
+        addObject(self.local.openSession(), info, nar)
+        self.drvs[path] = drv
+        return path
+
+    def output(self, store, drvPath, name="out"):
+        """Make an output valid without building it."""
+        path = self.drvs[drvPath].outputs[name].path
+        nar = makeNar(path.name.encode())
+        addObject(store.openSession(), makeInfo(path.name, nar, path=path, deriver=drvPath), nar)
+        return path
+
+    def build(self, drv, **options):
+        """Build, to the end."""
+        return self.joined.result(buildRemotely(self.client, drv, self.here, **options))
+
+    def valid(self, store, *paths):
+        """Are they?"""
+        return store.openSession().queryValidPaths(paths) == set(paths)
+
+
+def names(infos):
+    """What was copied."""
+    return {info.path.name for info in infos}
+
+
+def test_onlyWhatTheBuilderReads():
+    """Sources and the wanted outputs of dependencies travel, and no .drv; the outputs come back."""
+    farm = Farm()
+    source, other = farm.add(farm.local, "source"), farm.add(farm.local, "other")
+    dep = farm.derivation("dep", sources=[other], outputs=("dev", "out"))
+    top = farm.derivation("top", [(dep, ["out"])], [source])
+    farm.output(farm.local, dep)
+    build = farm.build(top)
+    assert build.result.status == BuildStatus.BUILT and build.cause is None
+    assert names(build.sent.infos) == {"source", "dep"} and names(build.fetched.infos) == {"top"}
+    assert farm.built == [("top", {"source", "dep"})]
+    assert build.outputs == {"out": farm.drvs[top].outputs["out"].path} and farm.valid(
+        farm.local, *build.outputs.values()
+    )
+    assert not farm.remote.openSession().queryValidPaths([top, dep, other])
+    build.raiseForStatus()
+
+
+def test_nothingToDo():
+    """Outputs that are there are fetched and nothing else happens."""
+    farm = Farm()
+    top = farm.derivation("top", sources=[farm.add(farm.local, "source")])
+    path = farm.output(farm.remote, top)
+    build = farm.build(top)
+    assert (build.result.status, build.outputs) == (BuildStatus.ALREADY_VALID, {"out": path})
+    assert farm.built == [] and build.sent.infos == () and names(build.fetched.infos) == {"top"}
+
+
+def test_missingDependencies():
+    """What is valid on neither side is built first, each once, in order, and is not fetched."""
+    farm = Farm()
+    low = farm.derivation("low", sources=[farm.add(farm.local, "source")])
+    left, right = farm.derivation("left", [(low, ["out"])]), farm.derivation("right", [(low, ["out"])])
+    there = farm.derivation("there")
+    farm.output(farm.remote, there)
+    top = farm.derivation("top", [(left, ["out"]), (right, ["out"]), (there, ["out"])])
+    plan = farm.joined.result(planRemoteBuild(farm.client, top, farm.here))
+    assert [path.name for path in plan.builds][::3] == ["low.drv", "top.drv"] and names(plan.sends.infos) == {"source"}
+    assert farm.built == [] and not farm.valid(farm.remote, *(info.path for info in plan.sends.infos))
+    begun = []
+    build = farm.build(top, onBuild=begun.append)
+    assert tuple(begun) == plan.builds
+    assert farm.built[0] == ("low", {"source"}) and farm.built[3] == ("top", {"left", "right", "there"})
+    assert sorted(farm.built[1:3]) == [("left", {"low"}), ("right", {"low"})]
+    assert names(build.fetched.infos) == {"top"}
+
+
+def test_outputsThatAreWanted():
+    """Only the outputs asked for come back; one that does not exist is an error before anything happens."""
+    farm = Farm()
+    drv = farm.derivation("many", outputs=("dev", "doc", "out"))
+    build = farm.build(drv, outputs=["dev", "out"])
+    assert build.outputs.keys() == {"dev", "out"} and names(build.fetched.infos) == {"many-dev", "many"}
+    with pytest.raises(FormatError, match="does not have the output 'bin'; it has dev, doc, out"):
+        farm.build(drv, outputs=["bin"])
+
+
+def test_withoutFetching():
+    """The outputs may stay where they were built."""
+    farm = Farm()
+    build = farm.build(farm.derivation("top"), fetch=False)
+    assert build.fetched is None and build.outputs and not farm.valid(farm.local, *build.outputs.values())
+
+
+def test_derivationsThatAreInNoStore():
+    """A derivation may be given as a value; a basic one brings all that is known about its inputs."""
+    farm = Farm()
+    source, there = farm.add(farm.local, "source"), farm.add(farm.remote, "there")
+    output = DerivationOutput(makeInfo("basic", b"").path)
+    basic = BasicDerivation(
+        "basic", {"out": output}, frozenset([source, there]), "x86_64-linux", "/bin/sh", (), {"out": output.path}
+    )
+    build = farm.build(basic)
+    assert build.drvPath == drvPathOf(basic, STORE_DIR) and farm.built == [("basic", {"source", "there"})]
+    assert names(build.sent.infos) == {"source"}
+    value = farm.drvs[farm.derivation("value", sources=[source])]
+    assert farm.build(value).result.success
+
+
+def test_missingSource():
+    """An input that is nowhere is an error that names it and who wants it."""
+    farm = Farm()
+    nowhere = makeInfo("nowhere", b"").path
+    output = DerivationOutput(makeInfo("basic", b"").path)
+    basic = BasicDerivation("basic", {"out": output}, frozenset([nowhere]), "x86_64-linux", "/bin/sh", (), {})
+    with pytest.raises(StoreError, match=rf"'{nowhere}', an input of '.*basic.drv', is valid neither here nor"):
+        farm.build(basic)
+
+
+def test_missingDerivation():
+    """A .drv that would have to be built and is not here is an error that names it."""
+    farm = Farm()
+    with pytest.raises(StoreError, match=r"derivation '.*top.drv' is not in the store here"):
+        farm.build(STORE_DIR.parse(f"{makeInfo('top.drv', b'').path}"))
+
+
+FAILED = Built(BuildResult(BuildStatus.TIMED_OUT, "too slow"), log=b"working\n")
+
+
+def test_failure():
+    """A build that fails is a result, until somebody wants it to be an exception."""
+    farm = Farm()
+    farm.answers["top"] = FAILED
+    build = farm.build(farm.derivation("top"))
+    assert (build.result, build.outputs, build.fetched) == (FAILED.result, {}, None)
+    with pytest.raises(BuildError, match="failed: too slow") as caught:
+        build.raiseForStatus()
+    assert caught.value.status == BuildStatus.TIMED_OUT and bytes(farm.joined.said) == b"working\n"
+
+
+def test_failedDependency():
+    """What depends on a build that failed is not begun; how that failed can be found out."""
+    farm = Farm()
+    farm.answers["low"] = FAILED
+    low = farm.derivation("low")
+    build = farm.build(farm.derivation("top", [(low, ["out"])]))
+    assert build.result.status == BuildStatus.DEPENDENCY_FAILED and f"'{low}'" in build.result.errorMsg
+    assert build.cause == FAILED.result and [name for name, _ in farm.built] == ["low"]
+
+
+def test_cancel():
+    """Cancelled it cuts the connection, and the build there is given up."""
+    farm = Farm()
+    cancelled = []
+    farm.answers["top"] = Deferred(cancelled.append)
+    building = buildRemotely(farm.client, farm.derivation("top"), farm.here, options=BuildOptions(keepFailed=True))
+    farm.joined.flush()
+    assert farm.built and not cancelled
+    building.cancel()
+    with pytest.raises(CancelledError):
+        farm.joined.result(building)
+    farm.joined.flush()
+    assert cancelled and farm.joined.server.ended.called
+
+
+def test_rootsOnBothSides():
+    """What is used stays on both sides until the sessions end: the inputs here, inputs and outputs there."""
+    farm = Farm()
+    source = farm.add(farm.local, "source")
+    build = farm.build(farm.derivation("top", sources=[source]))
+    farm.remote.collectGarbage()
+    farm.local.collectGarbage()
+    assert farm.valid(farm.remote, source, *build.outputs.values()) and farm.valid(farm.local, source)
+    farm.joined.result(farm.client.close())
+    farm.remote.collectGarbage()
+    assert not farm.remote.openSession().queryValidPaths([source, *build.outputs.values()])
