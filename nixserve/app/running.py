@@ -4,6 +4,7 @@ Runs the reactor for a command: until what it has to do is done, or somebody int
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -46,6 +47,8 @@ def runReactor(main: Callable[[Any], Coroutine[Deferred[Any], Any, T]]) -> T:
             running.cancel()
         return ended
 
+    # What has been loaded stays: neither to be looked through again, nor taken apart at the end, which takes 50 ms.
+    gc.freeze()
     runner.callWhenRunning(start)
     runner.run()
     if errors:

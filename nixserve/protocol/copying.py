@@ -154,14 +154,16 @@ async def _upload(
     dryRun: bool,
 ) -> Copied:
     here, client = sources[0], clients[0]
-    paths: Collection[StorePath] = wanted.paths
     if wanted.closure:
-        paths = await here.queryClosure(paths, wanted.includeOutputs)
-    infos = await here.queryPathInfos(paths)
-    asked = frozenset(paths) if wanted.closure else _withReferences(wanted.paths, infos)
-    present = await client.queryValidPaths(asked, lock=wanted.lock, substitute=wanted.substitute)
-    missing = _inOrder(frozenset(paths) - present, infos)
-    if not wanted.closure:
+        paths = frozenset(await here.queryClosure(wanted.paths, wanted.includeOutputs))
+        present = await client.queryValidPaths(paths, lock=wanted.lock, substitute=wanted.substitute)
+        missing = _inOrder(paths - present, await here.queryPathInfos(paths - present))
+    else:
+        paths = wanted.paths
+        infos = await here.queryPathInfos(paths)
+        asked = _withReferences(paths, infos)
+        present = await client.queryValidPaths(asked, lock=wanted.lock, substitute=wanted.substitute)
+        missing = _inOrder(paths - present, infos)
         _requireReferences(missing, present, f"the store of {client.name or 'the remote'}")
     copied = Copied(tuple(missing), len(paths) - len(missing))
     progress.planned(missing, copied.present)

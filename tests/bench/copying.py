@@ -9,17 +9,16 @@ The time is that of the whole command, with starting Nix and logging in. Needs N
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
-import subprocess
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
+from tests.bench.measuring import GIB, inTurn, printLoad, printTable, timed, workingDirectory
 from tests.bench.peers import Keys, OurPeer, Peer, RealPeer
 from tests.bench.workloads import makeStore
 
-TMPFS = Path("/dev/shm")
+NEED = 5 * GIB
+"""The large file in three stores, and while it is being made."""
 
 
 def run(peer: Peer, *command: str | Path) -> float:
@@ -28,14 +27,7 @@ def run(peer: Peer, *command: str | Path) -> float:
 
     @return: how many seconds it took.
     """
-    started = time.monotonic()
-    done = subprocess.run(
-        ["nix", *command], env=peer.environment, capture_output=True, stdin=subprocess.DEVNULL, timeout=300
-    )
-    took = time.monotonic() - started
-    if done.returncode:
-        raise RuntimeError(f"nix {command}: {done.stderr.decode()}")
-    return took
+    return timed(["nix", *command], peer.environment)
 
 
 def round_(peerClass: type[Peer], directory: Path, keys: Keys, source: Path, path: str) -> tuple[float, float]:
@@ -62,25 +54,17 @@ def measure(rounds: int, only: str) -> list[tuple[str, list[tuple[float, float]]
     @return: for each workload and direction its name and pairs of seconds: the real pair, nixserve.
     """
     results = []
-    directory = Path(tempfile.mkdtemp(prefix="nixserve-bench-", dir=TMPFS if TMPFS.is_dir() else None))
-    try:
+    with workingDirectory(NEED) as directory:
         keys = Keys(directory / "keys")
         source = directory / "source"
-        for name, path in makeStore(source, directory / "scratch"):
-            shutil.rmtree(directory / "scratch")
-            if only not in name:
-                continue
-            times = []
-            for number in range(rounds):
-                # In turn, and not always the same one first: the speed of a shared machine drifts.
-                order: list[type[Peer]] = [RealPeer, OurPeer] if number % 2 == 0 else [OurPeer, RealPeer]
-                taken = {peer: round_(peer, directory / "peer", keys, source, path) for peer in order}
-                times.append((taken[RealPeer], taken[OurPeer]))
-            results.append((f"{name}, to", [(real[0], ours[0]) for real, ours in times]))
-            results.append((f"{name}, from", [(real[1], ours[1]) for real, ours in times]))
-    finally:
-        subprocess.run(["chmod", "-R", "u+w", directory], check=False)
-        shutil.rmtree(directory, ignore_errors=True)
+        for name, path in makeStore(source, directory / "scratch", only):
+            servers: list[type[Peer]] = [RealPeer, OurPeer]
+            real, ours = inTurn(
+                rounds, [partial(round_, server, directory / "peer", keys, source, path) for server in servers]
+            )
+            for number, direction in enumerate(("to", "from")):
+                times = [(one[number], other[number]) for one, other in zip(real, ours, strict=True)]
+                results.append((f"{name}, {direction}", times))
     return results
 
 
@@ -90,13 +74,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="only workloads whose name contains this")
     options = parser.parse_args()
-    print("| copy | nix-store behind sshd | nixserve | ratio |")
-    print("|---|---|---|---|")
+    rows = [["copy", RealPeer.name, OurPeer.name, "ratio"]]
     for name, times in measure(options.rounds, options.only):
         real = statistics.median(pair[0] for pair in times)
         ours = statistics.median(pair[1] for pair in times)
         ratio = statistics.median(pair[1] / pair[0] for pair in times)
-        print(f"| {name} | {real:.2f} s | {ours:.2f} s | {ratio:.2f} |", flush=True)
+        rows.append([name, f"{real:.2f} s", f"{ours:.2f} s", f"{ratio:.2f}"])
+    printLoad()
+    printTable(rows)
 
 
 if __name__ == "__main__":

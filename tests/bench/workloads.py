@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from nixserve.store.api import StoreSession
 from nixserve.store.files import dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
+
+TINY_PATHS = 2001
 
 
 def addTree(session: StoreSession, tree: Path, name: str, references: frozenset[StorePath] = frozenset()) -> StorePath:
@@ -35,12 +38,17 @@ def addTree(session: StoreSession, tree: Path, name: str, references: frozenset[
     return path
 
 
-def oneBigFile(session: StoreSession, scratch: Path) -> StorePath:
-    """One file of 1 GiB that does not compress."""
+def writeBigFile(file: Path) -> None:
+    """1 GiB that does not compress."""
     block = random.Random(1).randbytes(16 * 1024 * 1024)
-    with open(scratch / "big", "wb") as stream:
+    with open(file, "wb") as stream:
         for _ in range(64):
             stream.write(block)
+
+
+def oneBigFile(session: StoreSession, scratch: Path) -> StorePath:
+    """One file of 1 GiB that does not compress."""
+    writeBigFile(scratch / "big")
     return addTree(session, scratch / "big", "big")
 
 
@@ -58,12 +66,21 @@ def manySmallFiles(session: StoreSession, scratch: Path) -> StorePath:
 def manyTinyPaths(session: StoreSession, scratch: Path) -> StorePath:
     """2,000 paths of one small file each, and one that refers to them all."""
     paths = set()
-    for number in range(2000):
+    for number in range(TINY_PATHS - 1):
         file = scratch / f"t{number}"
         file.write_text(f"{number}\n")
         paths.add(addTree(session, file, f"tiny-{number}"))
     (scratch / "top").write_text("\n".join(sorted(paths)))
     return addTree(session, scratch / "top", "tiny-top", frozenset(paths))
+
+
+def referencesOf(root: Path, path: StorePath) -> frozenset[StorePath]:
+    """What a path in the store below C{root} refers to."""
+    store = LocalStore(StoreLayout.underRoot(str(root)))
+    try:
+        return store.openSession().queryPathInfos([path])[path].references
+    finally:
+        store.close()
 
 
 WORKLOADS: dict[str, Callable[[StoreSession, Path], StorePath]] = {
@@ -73,14 +90,16 @@ WORKLOADS: dict[str, Callable[[StoreSession, Path], StorePath]] = {
 }
 
 
-def makeStore(root: Path, scratch: Path) -> Iterator[tuple[str, StorePath]]:
-    """Make a store with all workloads; gives the name and the top path of each."""
+def makeStore(root: Path, scratch: Path, only: str = "") -> Iterator[tuple[str, StorePath]]:
+    """Make a store with all workloads whose name contains C{only}; gives the name and the top path of each."""
     store = LocalStore(StoreLayout.underRoot(str(root)))
     session = store.openSession()
     try:
-        for number, (name, make) in enumerate(WORKLOADS.items()):
-            directory = scratch / str(number)
-            directory.mkdir(parents=True)
-            yield name, make(session, directory)
+        for name, make in WORKLOADS.items():
+            if only in name:
+                scratch.mkdir(parents=True)
+                path = make(session, scratch)
+                shutil.rmtree(scratch)
+                yield name, path
     finally:
         store.close()
