@@ -154,7 +154,9 @@ class ProcessTransport(StreamPair, ProcessProtocol):
     def _finish(self, reason: Failure) -> None:
         if self._output is not None:
             self._output.connectionLost(reason)
-        self._protocol.connectionLost(reason)
+        # In a turn of its own: the reactor may still hold events for the descriptors that were closed just now, which a
+        # child that is started from here would be given again.
+        self._reactor.callLater(0, self._protocol.connectionLost, reason)
 
     def writeError(self, data: bytes) -> None:
         """See L{IServeTransport}; a client has nobody to write errors to."""

@@ -312,7 +312,8 @@ class ServeClient(Protocol):
         async def send() -> None:
             self.transport.write(self._connection.sendRequest(request))
 
-        return self._perform(awaited or _Awaited(Deferred()), send, versioned=dependsOnVersion(request))
+        awaited = awaited or _Awaited(Deferred(), "asking about paths")
+        return self._perform(awaited, send, versioned=dependsOnVersion(request))
 
     def _perform(
         self,

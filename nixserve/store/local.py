@@ -191,6 +191,14 @@ class LocalSession:
             added = 1
         return added
 
+    def assumeLocked(self, paths: Collection[StorePath]) -> None:
+        """
+        The locks of these paths are held by somebody else on behalf of this session, as by a Nix for its build hook:
+        adding them takes and releases none. Who really has them sees to it that this session is the only one.
+        """
+        self._requireWritable()
+        self._adder.lockedForUs.update(paths)
+
     def importPath(self) -> ImportWriter:
         """
         See L{nixserve.store.api.StoreSession.importPath}.
@@ -266,7 +274,9 @@ class LocalSession:
         return self._pass(stream)
 
     def _pass(self, stream: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
-        yield from stream
+        # Not "yield from": whoever drops this must not close the stream, which a worker may be closing right now.
+        for chunk in stream:  # noqa: UP028
+            yield chunk
         # The end of the session closes a stream, which here looks like its end.
         self._requireOpen()
 
