@@ -39,7 +39,7 @@ MAX_JOBS = 64
 )
 @click.option("--include-outputs", "includeOutputs", is_flag=True, help="Also what derivations among them have built.")
 @click.option(
-    "--jobs", metavar="N", type=click.IntRange(1, MAX_JOBS), default=1, show_default=True, help="Sessions at once."
+    "--jobs", metavar="N", type=click.IntRange(1, MAX_JOBS), help="Sessions at once; max-connections in the URL, or 1."
 )
 @click.option("--dry-run", "dryRun", is_flag=True, help="Only show what would be copied, and its size.")
 @click.option("--json", "asJSON", is_flag=True, help="Print one JSON object a line: planned, copied, done, error.")
@@ -78,7 +78,7 @@ class _Copying:
     noClosure: bool
     substitute: bool
     includeOutputs: bool
-    jobs: int
+    jobs: int | None
     dryRun: bool
     asJSON: bool
     paths: tuple[str, ...]
@@ -158,7 +158,7 @@ class _Copying:
             self.address,
             work,
             show=screen.foreignLine,
-            sessions=1 if self.dryRun else self.jobs,
+            sessions=1 if self.dryRun else self.jobs or min(self.address.maxConnections, MAX_JOBS),
             write=not self.dryRun,
             onWait=screen.waitLine,
         )

@@ -159,6 +159,15 @@ class TestCopying:
         assert len((place.box.path / "sessions").read_text().splitlines()) == 3
         assert facts(place.target) == facts(place.source)
 
+    def test_maxConnections(self, place):
+        """Without C{--jobs} the URL says how many sessions; a dry run needs one."""
+        spy = program(place.box, 'echo "$@" >>sessions; exec "$SERVER" "$@"')
+        there = f"{url(place.target, spy)}&max-connections=3"
+        for option, expected in (("--dry-run", 1), ("--jobs=2", 3), ("--json", 6)):
+            words = ("copy", "--store", place.source, "--to", there, option, place.chain[-1])
+            assert place.box.run("nixserve", *words).returncode == 0
+            assert len((place.box.path / "sessions").read_text().splitlines()) == expected
+
     def test_signatures(self, place):
         """Signatures are copied and not judged, with Nix's option to that effect or without."""
         nar = makeNar(b"signed")
