@@ -25,6 +25,7 @@ _COMMANDS: Final = {
     "build": ("cmd_build", "build"),
     "copy": ("cmd_copy", "copy"),
     "demo": ("cmd_demo", "demo"),
+    "hook": ("cmd_hook", "hook"),
     "path-info": ("cmd_pathinfo", "pathInfo"),
 }
 """By name: the module and what it is called there."""

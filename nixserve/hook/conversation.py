@@ -310,9 +310,10 @@ class HookLog:
         return _line({"action": "msg", "level": level, "msg": text})
 
     def error(self, text: str) -> bytes:
-        """Why the build or the hook failed."""
+        """Why the build or the hook failed. Further lines are indented, as in Nix's own errors."""
         position = {"column": None, "file": None, "line": None}
-        return _line({"action": "msg", "level": Verbosity.ERROR, "msg": f"error: {text}", "raw_msg": text, **position})
+        shown = "error: " + text.replace("\n", "\n       ")
+        return _line({"action": "msg", "level": Verbosity.ERROR, "msg": shown, "raw_msg": text, **position})
 
     def start(
         self, level: int, text: str, kind: ActivityType = ActivityType.UNKNOWN, fields: Sequence[str | int] = ()

@@ -65,11 +65,13 @@ class Adder:
     What one session adds objects with. Calls must not overlap.
 
     @ivar unfinished: the writers that were neither finished nor aborted.
+    @ivar lockedForUs: paths whose locks somebody else holds so that we may add them.
     """
 
     def __init__(self, layout: StoreLayout, validPaths: ValidPaths, roots: TempRoots) -> None:
         self.layout = layout
         self.roots = roots
+        self.lockedForUs: set[StorePath] = set()
         self.unfinished: set[LocalPathWriter | LocalImportWriter] = set()
         self._validPaths = validPaths
         # A closure of derivations comes one by one, each referring to those before it.
@@ -163,9 +165,17 @@ class Adder:
         with contextlib.suppress(StoreError):
             for info, nar in batch:
                 if info.path not in valid and info.path not in locks:
-                    lock = locks[info.path] = PathLocks([self.layout.realPath(info.path)])
+                    lock = locks[info.path] = self._lock(info.path)
                     stack.callback(lock.abandon)
                 yield info, nar
+
+    def _lock(self, path: StorePath) -> PathLocks:
+        """
+        Step 4. Of a path that is locked for us there is nothing to take and nothing to release.
+
+        @raise Busy: somebody holds it.
+        """
+        return PathLocks([] if path in self.lockedForUs else [self.layout.realPath(path)])
 
     def _make(self, info: ValidPathInfo, nar: bytes, valid: Collection[StorePath]) -> Outputs:
         """
@@ -212,13 +222,12 @@ class Adder:
         self.roots.addTempRoots([path])
         if self._validPaths.isAnyValid([path]):
             return None
-        real = self.layout.realPath(path)
-        lock = PathLocks([real])
+        lock = self._lock(path)
         try:
             if self._validPaths.isAnyValid([path]):
                 lock.unlock()
                 return None
-            deletePath(real)
+            deletePath(self.layout.realPath(path))
         except BaseException:
             lock.abandon()
             raise

@@ -31,7 +31,7 @@ class TestUsage:
             (["--serve", "--connect"], "'--connect' needs 1 more"),
             (["--serve", "--write", "--rights", "read"], "exclude each other"),
             (["--serve", "--rights", "fly"], "unknown right 'fly'"),
-            (["--serve", "--store", "ssh://elsewhere"], "cannot open store 'ssh://elsewhere'"),
+            (["--serve", "--store", "ssh-ng://elsewhere"], "cannot open store 'ssh-ng://elsewhere'"),
         ],
     )
     def test_mistake(self, box, arguments, complaint):

@@ -70,6 +70,7 @@ class Page:
         box.environ.update(
             PATH=f"{tools}:{box.environ['PATH']}",
             NIX_REMOTE=str(nix),
+            NIXSERVE_HOOK_STATE=str(box.path / "hook"),
             NIX_CONFIG="substituters =\nbuild-users-group =",
             # For python -m tests.…
             PYTHONPATH=str(ROOT),

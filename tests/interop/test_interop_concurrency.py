@@ -85,7 +85,8 @@ def test_besideRealNix(nix, directory, source, makeEndpoint):
 def test_waitForRealNix(nix, directory, makeEndpoint):
     """Whoever comes second to a path waits for the first, whichever program that is, and finds it done."""
     server = makeEndpoint(directory / "served")
-    nar = makeNar({"file": b"contested"})
+    # Of a small one, which is kept until it is complete, there would be no lock yet.
+    nar = makeNar({"file": bytes(100_000)})
     info = makeInfo("contested", nar)
     root = server.root
     with Session.ofSocket(server.socket) as first:

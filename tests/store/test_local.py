@@ -21,6 +21,7 @@ from nixserve.store import adding
 from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
+from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import Executable, StoreContract, addObject, makeInfo, makeNar
 
 HELLO = makeNar(b"hello\n")
@@ -539,3 +540,43 @@ def test_nixCollects(store, layout, nix):
     assert set(os.listdir(layout.realStoreDir)) == {".links", kept.path.baseName}
     assert session.queryValidPaths([dead.path, kept.path]) == {kept.path}
     nix("--verify", "--check-contents")
+
+
+def test_lockedForUs(store, layout):
+    """
+    What somebody else has locked for a session it adds under that lock, which stays as it is; another session waits.
+    """
+    small, large = makeInfo("small", HELLO), makeInfo("large", TREE)
+    session, other = store.openSession(), store.openSession()
+    held = PathLocks([layout.realPath(small.path), layout.realPath(large.path)])
+    session.assumeLocked([small.path, large.path])
+    with pytest.raises(Busy):
+        other.addToStore(large)
+    with pytest.raises(Busy):
+        other.addSmallPaths([(small, HELLO)])
+    assert session.addSmallPaths([(small, HELLO)]) == 1
+    addObject(session, large, TREE)
+    assert other.queryValidPaths([small.path, large.path]) == {small.path, large.path}
+    for info in (small, large):
+        with pytest.raises(Busy):
+            PathLocks([layout.realPath(info.path)])
+        assert os.path.getsize(layout.realPath(info.path) + ".lock") == 0
+    held.unlock()
+    assert not [name for name in os.listdir(layout.realStoreDir) if name.endswith(".lock")]
+
+
+def test_lockedForUsFails(store, layout):
+    """A failure leaves such a lock as it is, too; and other paths are locked as always."""
+    info, another = makeInfo("bad", HELLO), makeInfo("another", HELLO)
+    session = store.openSession()
+    held = PathLocks([layout.realPath(info.path)])
+    session.assumeLocked([info.path])
+    with pytest.raises(StoreError):
+        addObject(session, replace(info, narHash=hashBytes("sha256", b"")), HELLO)
+    with pytest.raises(Busy):
+        PathLocks([layout.realPath(info.path)])
+    writer = session.addToStore(another)
+    with pytest.raises(Busy):
+        PathLocks([layout.realPath(another.path)])
+    writer.abort()
+    held.abandon()

@@ -1,0 +1,262 @@
+"""
+C{nixserve-hook VERBOSITY}, also C{nixserve hook VERBOSITY}: Nix's build hook.
+
+Nix starts one such process for each build, and waits for it: so this imports only what it takes to read the question
+and choose a machine. Twisted follows when there is one to connect to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nixserve.app.settings import chooseStore, defaultStateDir
+from nixserve.errors import FormatError, NixServeError, RemoteError, StoreError, UsageError
+from nixserve.hook.aside import Aside
+from nixserve.hook.choice import Refusal
+from nixserve.hook.conversation import BuildQuestion, HookSettings, Verbosity
+from nixserve.hook.lastseen import LastSeen
+from nixserve.hook.machines import Machines, parseMachines
+from nixserve.hook.negotiation import Chooser, HookPlaces, NixPipes, Taken
+from nixserve.hook.queue import Queue
+from nixserve.hook.slots import Slots
+from nixserve.store.layout import StoreLayout
+
+__all__ = ["HookOptions", "answer", "hookStateDir", "main", "persistSeconds", "readMachines", "socketDirectory"]
+
+INTERRUPTED = 130
+"""What a shell says of a command that SIGINT has ended."""
+
+PERSIST_SECONDS = 60
+"""How long a shared connection stays without a session, if nobody says."""
+
+_SHARE = "NIXSERVE_HOOK_SHARE"
+"""The variable that says it; with 0 every hook process makes a connection of its own."""
+
+_STATE = "NIXSERVE_HOOK_STATE"
+"""The variable that names the directory for what hook processes share: machines put aside, claims, connections."""
+
+_POLL_SECONDS = 0.1
+"""How often a build that waits for a slot looks for one."""
+
+_MAX_SOCKET_DIRECTORY = 70
+"""Bytes of a directory's path that leave room for ssh's sockets in it (unix(7): 107, less what ssh appends)."""
+
+
+@dataclass(frozen=True, slots=True)
+class HookOptions:
+    """
+    @ivar verbosity: a number that Nix gives.
+    @ivar share: have all hook processes share one SSH connection to each machine.
+    """
+
+    verbosity: int
+    share: bool = True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    The program C{nixserve-hook}. Ends the process, unless it is used wrongly.
+
+    @return: the exit status.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    share = "--no-share" not in words
+    numbers = [word for word in words if word != "--no-share"]
+    if len(numbers) != 1 or not numbers[0].isdecimal():
+        print("error: this is run by Nix: write 'build-hook = /path/to/nixserve-hook' in nix.conf; "
+              "'nixserve hook --check' looks at the machines", file=sys.stderr)  # fmt: skip
+        return 2
+    status = answer(HookOptions(int(numbers[0]), share), os.environ)
+    sys.stderr.flush()
+    # Nix waits for the end of this process, of whose time Python's tidying up would be a fifth. All that is held here
+    # are descriptors.
+    os._exit(status)
+
+
+def answer(options: HookOptions, environ: Mapping[str, str]) -> int:
+    """
+    Answer the Nix that has started this process, until it asks no more or one build was done.
+
+    @return: the exit status.
+    """
+    pipes = NixPipes(options.verbosity, os.getpid())
+    try:
+        return _Hook(pipes, options, environ).answer()
+    except NixServeError as e:
+        pipes.write(pipes.log.error(f"build hook: {e}"))
+        return 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+class _Hook:
+    """
+    The questions of one Nix, as far as they need no connection.
+    """
+
+    def __init__(self, pipes: NixPipes, options: HookOptions, environ: Mapping[str, str]) -> None:
+        """
+        Hear the settings. Waits for them.
+
+        @raise NixServeError: nothing can be done with them.
+        """
+        settings = pipes.readSettings()
+        layout = _chooseStore(settings, environ)
+        state = hookStateDir(environ)
+        run, since = _runOf(os.getppid())
+        self._pipes = pipes
+        self._chooser = Chooser(
+            readMachines(settings),
+            settings,
+            Slots(layout.stateDir),
+            Aside(f"{state}/aside", run, time.time),
+            LastSeen(f"{state}/seen", time.time),
+            Queue(f"{state}/queue"),
+            since,
+            time.time,
+        )
+        persist = persistSeconds(environ) if options.share else 0
+        masters = socketDirectory(state) if persist else ""
+        self._places = HookPlaces(layout, f"{state}/claims", masters, persist, environ)
+
+    def answer(self) -> int:
+        """
+        @return: the exit status.
+        """
+        pipes = self._pipes
+        while isinstance(question := pipes.readEvent(), BuildQuestion):
+            decision = self._chooser.choose(question)
+            for text in self._chooser.news():
+                pipes.write(pipes.log.message(Verbosity.WARN, f"warning: {text}"))
+            if isinstance(decision, Taken):
+                accepted = self._chooser.mayAcceptUnseen(question, decision)
+                if accepted:
+                    pipes.accept(decision.machine)
+                return self._run(question, decision, accepted)
+            if decision is Refusal.POSTPONE and (waiting := self._chooser.queue(question)):
+                machine, ticket = waiting
+                pipes.accept(machine)
+                taken = self._wait(question)
+                ticket.leave()
+                return self._run(question, taken, True)
+            pipes.write(self._chooser.refusalLines(question, decision, pipes.log))
+            pipes.write(getattr(pipes.conversation, decision.value)())
+            if decision is Refusal.DECLINE_PERMANENTLY:
+                break
+        return 0
+
+    def _wait(self, question: BuildQuestion) -> Taken:
+        """
+        A slot for a build that was accepted without one.
+
+        @raise BrokenPipeError: Nix is gone.
+        @raise RemoteError: no machine is left that could build it.
+        """
+        ours = replace(question, amWilling=False)
+        while not isinstance(decision := self._chooser.choose(ours), Taken):
+            if decision is not Refusal.POSTPONE:
+                raise RemoteError(f"no machine can be reached that could build '{question.drvPath}'")
+            self._pipes.sleep(_POLL_SECONDS)
+        return decision
+
+    def _run(self, question: BuildQuestion, taken: Taken, accepted: bool) -> int:
+        from nixserve.app.running import runReactor
+        from nixserve.hook.running import HookRun
+
+        def main(reactor: Any) -> Coroutine[Any, Any, int]:
+            return HookRun(reactor, self._pipes, self._chooser, self._places).run(question, taken, accepted)
+
+        return runReactor(main)
+
+
+def hookStateDir(environ: Mapping[str, str]) -> str:
+    """The directory for what hook processes share."""
+    return environ.get(_STATE) or f"{defaultStateDir(environ)}/hook"
+
+
+def persistSeconds(environ: Mapping[str, str]) -> int:
+    """
+    How long a shared connection stays without a session; 0 if none is to be shared.
+
+    @raise UsageError: the variable is no number.
+    """
+    text = environ.get(_SHARE, str(PERSIST_SECONDS))
+    if not text.isdecimal():
+        raise UsageError(f"{_SHARE} is '{text}'; it must be a number of seconds, or 0 for no shared connections")
+    return int(text)
+
+
+def socketDirectory(state: str) -> str:
+    """
+    The directory of shared connections.
+
+    @param state: see L{hookStateDir}. If its path is too long for sockets, a directory in C{/tmp} stands for it.
+    """
+    directory = f"{state}/masters"
+    if len(os.fsencode(directory)) <= _MAX_SOCKET_DIRECTORY:
+        return directory
+    digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    return f"/tmp/nixserve-{os.geteuid()}-{digest}"
+
+
+def _chooseStore(settings: HookSettings, environ: Mapping[str, str]) -> StoreLayout:
+    """
+    The store of the Nix that asks.
+
+    @raise StoreError: it is none of this machine's, or not this user's to write to.
+    """
+    try:
+        layout = chooseStore(settings.store, environ)
+    except UsageError as e:
+        raise StoreError(
+            f"the store of this Nix is '{settings.store}', which only its own hook can write to: {e}"
+        ) from e
+    for path in (layout.realStoreDir, layout.dbDir):
+        if not os.access(path, os.W_OK):
+            raise StoreError(f"this user may not write to '{path}'; where there is a daemon, it must run the hook")
+    return layout
+
+
+def readMachines(settings: HookSettings) -> Machines:
+    """
+    The machines that Nix knows.
+
+    @raise FormatError: a machines file breaks the rules.
+    """
+    return parseMachines(settings.builders, _readFile, settings.system)
+
+
+def _readFile(path: str) -> str | None:
+    """As the original: one that is not there has no machines."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise FormatError(f"cannot read the machines file '{path}': {e.strerror}") from e
+
+
+def _runOf(parent: int) -> tuple[str, float]:
+    """
+    The run of the user's that this process belongs to.
+
+    @return: a name that no other has, and when it began, in seconds since the epoch.
+    """
+    try:
+        with open(f"/proc/{parent}/stat", "rb") as stream:
+            # The name of the program, in parentheses, may hold anything.
+            started = int(stream.read().rpartition(b")")[2].split()[19])
+        with open("/proc/uptime", "rb") as stream:
+            uptime = float(stream.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return f"{parent}", time.time()
+    return f"{parent}-{started}", time.time() - uptime + started / os.sysconf("SC_CLK_TCK")

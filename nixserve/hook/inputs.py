@@ -1,0 +1,96 @@
+"""
+What a build needs, on its way to the machine: each path is sent by one of the build hooks that send there at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+from twisted.internet.defer import TimeoutError
+
+from nixserve.codec.pathinfo import ValidPathInfo, topoSort
+from nixserve.codec.serve import minorOf
+from nixserve.codec.storepath import StorePath
+from nixserve.hook.claims import Claims
+from nixserve.protocol.client import ServeClient
+from nixserve.protocol.copying import CopyProgress
+from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.protocol.schedule import Schedule
+from nixserve.protocol.transfers import upload, uploadStream
+from nixserve.store.api import InvalidPath
+
+__all__ = ["PATIENCE_SECONDS", "sendInputs"]
+
+PATIENCE_SECONDS: Final = 900.0
+"""How long somebody else may take to send one path before it is sent once more: what the original waits for its upload
+lock (Nix 2.8 to 2.36, src/build-remote/build-remote.cc)."""
+
+_ADD_TO_STORE_NAR: Final = 5
+"""The minor version from which AddToStoreNar is known."""
+
+
+async def sendInputs(
+    reactor: Any,
+    here: DeferredSession,
+    client: ServeClient,
+    inputs: Collection[StorePath],
+    claims: Claims,
+    *,
+    substitute: bool,
+    progress: CopyProgress,
+    onWait: Callable[[StorePath], None] = lambda path: None,
+) -> None:
+    """
+    Have all of C{inputs} on the machine, where they stay until the session ends.
+
+    @param inputs: with all that they refer to, valid here.
+    @param claims: of this sender.
+    @param substitute: the machine shall try to fetch them from its own substituters first.
+    @param onWait: called with a path that somebody else sends.
+    @raise InvalidPath: one of them is not valid here.
+    @raise RemoteError: the machine does not take them.
+    """
+    present = await client.queryValidPaths(inputs, lock=True, substitute=substitute)
+    infos = await here.queryPathInfos(frozenset(inputs) - present)
+    for path in sorted(frozenset(inputs) - present - infos.keys()):
+        raise InvalidPath(path)
+    missing = [infos[path] for path in topoSort({path: info.references for path, info in infos.items()})]
+    while missing:
+        claimed = await here.call(claims.claim, missing)
+        if not claimed:
+            path = missing[0].path
+            onWait(path)
+            try:
+                await here.call(claims.check, path).addTimeout(PATIENCE_SECONDS, reactor)
+            except TimeoutError:
+                claimed = missing[:1]
+        # Between question and claim somebody else may have sent them, and roots are ours only for what was asked.
+        asked = claimed or missing
+        arrived = await client.queryValidPaths([info.path for info in asked], lock=True)
+        for info in asked:
+            if info.path in arrived:
+                claims.release(info.path)
+        if claimed:
+            await _send(here, client, [info for info in claimed if info.path not in arrived], claims, progress)
+        done = arrived.union(info.path for info in claimed)
+        missing = [info for info in missing if info.path not in done]
+
+
+async def _send(
+    here: DeferredSession, client: ServeClient, infos: list[ValidPathInfo], claims: Claims, progress: CopyProgress
+) -> None:
+    """Send what is missing, references first."""
+
+    def arrived(info: ValidPathInfo) -> None:
+        claims.release(info.path)
+        progress.copied(info)
+
+    if not infos:
+        return
+    progress.planned(infos, 0)
+    assert client.version is not None, "it has answered"
+    if minorOf(client.version) < _ADD_TO_STORE_NAR:
+        await uploadStream(here, client, infos, progress.moved, arrived)
+        return
+    await upload(here, client, Schedule(infos, 1), 0, progress.moved, arrived)
