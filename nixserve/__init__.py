@@ -3,7 +3,7 @@ Nix's C{nix-store --serve} in Python on Twisted: a server, a client and a store.
 
 The layers, lowest first: L{nixserve.errors}, L{nixserve.codec} (pure), L{nixserve.store} (blocking, no Twisted),
 L{nixserve.builder} (likewise), L{nixserve.protocol} (Twisted), L{nixserve.ssh} (Conch), L{nixserve.remote},
-L{nixserve.app}. C{docs/architecture.md} says why.
+L{nixserve.hook}, L{nixserve.app}. C{docs/architecture.md} says why.
 
 What programs need is offered here, and loaded when it is first used: a program that only reads a store does not pay for
 importing Twisted. C{docs/programming.md} shows it.
