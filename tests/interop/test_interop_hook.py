@@ -14,7 +14,7 @@ import threading
 import pytest
 
 from tests.interop.building import DERIVATIONS, TREE
-from tests.interop.hooking import FEATURES, GRAPH, MANY, Farm, processes
+from tests.interop.hooking import FEATURES, GRAPH, MANY, Farm, hookProcesses, processes
 from tests.interop.nix import ourProgram
 from tests.interop.stores import assertVerified, infos, isLocked, physical
 from tests.interop.watching import until
@@ -58,7 +58,7 @@ def withoutOrigin(known):
 def assertNothingLeft(farm):
     """No process, no slot, no lock, no temporary root of a run is left."""
     until(lambda: not [line for line in processes(str(farm.directory)).values() if "--serve" in line], 10)
-    until(lambda: not processes("nixserve-hook"), 5)
+    until(lambda: not hookProcesses(farm.state), 5)
     assert not any(map(isLocked, (farm.root / "nix/var/nix/current-load").glob("*")))
     assert not any(map(isLocked, physical(farm.root, "/nix/store").glob("*.lock")))
     for machine in farm.machines:
