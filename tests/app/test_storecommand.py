@@ -31,7 +31,7 @@ class TestUsage:
             (["--serve", "--connect"], "'--connect' needs 1 more"),
             (["--serve", "--write", "--rights", "read"], "exclude each other"),
             (["--serve", "--rights", "fly"], "unknown right 'fly'"),
-            (["--serve", "--store", "ssh-ng://elsewhere"], "'ssh-ng://elsewhere' is for the protocol of the Nix daemon"),
+            (["--serve", "--store", "ssh-ng://elsewhere"], "'ssh-ng://elsewhere' is for the protocol of the"),
         ],
     )
     def test_mistake(self, box, arguments, complaint):
