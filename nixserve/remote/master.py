@@ -43,8 +43,10 @@ MAX_CONTROL_PATH = 107 - 17
 ANSWER_SECONDS = 3.0
 """How long a master may take to say that it is there, or that it ends. One that hangs is as good as dead."""
 
-_ALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=3")
-"""A master whose network has gone ends within a minute, and with it whatever waits for it."""
+_ALIVE = ("-oServerAliveInterval=5", "-oServerAliveCountMax=9")
+"""A master whose network has gone ends within a minute, and with it whatever waits for it. And it wakes up every few
+seconds: when an ssh that uses it is killed before whoever holds the ends of its pipes, a master (OpenSSH 9.2) notes the
+end of that session, but tells the server only when it wakes up for something else."""
 
 
 class SSHMaster:
