@@ -10,7 +10,9 @@ importing Twisted. C{docs/programming.md} shows it.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+# Not from typing: whoever uses none of this, as the build hook's small first process, is not to wait for that.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from nixserve.codec.derivation import BasicDerivation as BasicDerivation
@@ -55,7 +57,7 @@ _PLACES = {
 __all__ = [*_PLACES, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _PLACES:
         return getattr(import_module(f"nixserve.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'nixserve' has no attribute '{name}'")

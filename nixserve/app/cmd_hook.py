@@ -9,6 +9,7 @@ import os
 import click
 
 from nixserve.app.hookcommand import HookOptions, answer
+from nixserve.app.hookentry import hand
 
 __all__ = ["hook"]
 
@@ -41,5 +42,7 @@ def hook(noShare: bool, check: bool, asJSON: bool, argument: str | None) -> None
             "This is for Nix to run: set 'build-hook' in nix.conf. To look at machines, add --check."
         )
     else:
-        status = answer(HookOptions(int(argument), not noShare), os.environ)
+        if not noShare:
+            hand(argument, os.environ)
+        status = answer(HookOptions(int(argument), not noShare), os.environ, os.getppid())
     click.get_current_context().exit(status)

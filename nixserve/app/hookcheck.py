@@ -13,9 +13,10 @@ import click
 from twisted.internet.defer import gatherResults
 
 from nixserve.app.facts import emitJSON
-from nixserve.app.hookcommand import hookStateDir, readMachines
+from nixserve.app.hookcommand import readMachines
 from nixserve.app.running import runReactor
 from nixserve.app.settings import chooseStore
+from nixserve.app.statedirs import hookStateDir
 from nixserve.app.text import onOneLine
 from nixserve.builder.settings import hostPlatforms
 from nixserve.errors import NixServeError

@@ -1,13 +1,13 @@
 """
-C{nixserve-hook VERBOSITY}, also C{nixserve hook VERBOSITY}: Nix's build hook.
+C{nixserve-hook VERBOSITY}, also C{nixserve hook VERBOSITY}: Nix's build hook, in a process of its own or in one that
+was loaded already (L{nixserve.app.hookentry}).
 
-Nix starts one such process for each build, and waits for it: so this imports only what it takes to read the question
+There is one such process for each build, for which Nix waits: so this imports only what it takes to read the question
 and choose a machine. Twisted follows when there is one to connect to.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -15,7 +15,9 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nixserve.app.settings import chooseStore, defaultStateDir
+from nixserve.app.hookentry import PERSIST_SECONDS, SHARE
+from nixserve.app.settings import chooseStore
+from nixserve.app.statedirs import hookStateDir, socketDirectory
 from nixserve.errors import FormatError, NixServeError, RemoteError, StoreError, UsageError
 from nixserve.hook.aside import Aside
 from nixserve.hook.choice import Refusal
@@ -23,29 +25,17 @@ from nixserve.hook.conversation import BuildQuestion, HookSettings, Verbosity
 from nixserve.hook.lastseen import LastSeen
 from nixserve.hook.machines import Machines, parseMachines
 from nixserve.hook.negotiation import Chooser, HookPlaces, NixPipes, Taken
-from nixserve.hook.queue import Queue
+from nixserve.hook.queue import Queue, Ticket
 from nixserve.hook.slots import Slots
 from nixserve.store.layout import StoreLayout
 
-__all__ = ["HookOptions", "answer", "hookStateDir", "main", "persistSeconds", "readMachines", "socketDirectory"]
+__all__ = ["HookOptions", "answer", "main", "persistSeconds", "readMachines"]
 
 INTERRUPTED = 130
 """What a shell says of a command that SIGINT has ended."""
 
-PERSIST_SECONDS = 60
-"""How long a shared connection stays without a session, if nobody says."""
-
-_SHARE = "NIXSERVE_HOOK_SHARE"
-"""The variable that says it; with 0 every hook process makes a connection of its own."""
-
-_STATE = "NIXSERVE_HOOK_STATE"
-"""The variable that names the directory for what hook processes share: machines put aside, claims, connections."""
-
-_POLL_SECONDS = 0.1
-"""How often a build that waits for a slot looks for one."""
-
-_MAX_SOCKET_DIRECTORY = 70
-"""Bytes of a directory's path that leave room for ssh's sockets in it (unix(7): 107, less what ssh appends)."""
+_POLL_SECONDS = 0.02
+"""How often the build whose turn it is looks for a slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: this is run by Nix: write 'build-hook = /path/to/nixserve-hook' in nix.conf; "
               "'nixserve hook --check' looks at the machines", file=sys.stderr)  # fmt: skip
         return 2
-    status = answer(HookOptions(int(numbers[0]), share), os.environ)
+    status = answer(HookOptions(int(numbers[0]), share), os.environ, os.getppid())
     sys.stderr.flush()
     # Nix waits for the end of this process, of whose time Python's tidying up would be a fifth. All that is held here
     # are descriptors.
     os._exit(status)
 
 
-def answer(options: HookOptions, environ: Mapping[str, str]) -> int:
+def answer(options: HookOptions, environ: Mapping[str, str], parent: int) -> int:
     """
     Answer the Nix that has started this process, until it asks no more or one build was done.
 
+    @param parent: the process that runs Nix.
     @return: the exit status.
     """
     pipes = NixPipes(options.verbosity, os.getpid())
     try:
-        return _Hook(pipes, options, environ).answer()
+        return _Hook(pipes, options, environ, parent).answer()
     except NixServeError as e:
         pipes.write(pipes.log.error(f"build hook: {e}"))
         return 1
@@ -102,7 +93,7 @@ class _Hook:
     The questions of one Nix, as far as they need no connection.
     """
 
-    def __init__(self, pipes: NixPipes, options: HookOptions, environ: Mapping[str, str]) -> None:
+    def __init__(self, pipes: NixPipes, options: HookOptions, environ: Mapping[str, str], parent: int) -> None:
         """
         Hear the settings. Waits for them.
 
@@ -111,7 +102,7 @@ class _Hook:
         settings = pipes.readSettings()
         layout = _chooseStore(settings, environ)
         state = hookStateDir(environ)
-        run, since = _runOf(os.getppid())
+        run, since = _runOf(parent)
         self._pipes = pipes
         self._chooser = Chooser(
             readMachines(settings),
@@ -124,7 +115,7 @@ class _Hook:
             time.time,
         )
         persist = persistSeconds(environ) if options.share else 0
-        masters = socketDirectory(state) if persist else ""
+        masters = socketDirectory(state, "masters") if persist else ""
         self._places = HookPlaces(layout, f"{state}/claims", masters, persist, environ)
 
     def answer(self) -> int:
@@ -144,8 +135,7 @@ class _Hook:
             if decision is Refusal.POSTPONE and (waiting := self._chooser.queue(question)):
                 machine, ticket = waiting
                 pipes.accept(machine)
-                taken = self._wait(question)
-                ticket.leave()
+                taken = self._wait(question, ticket)
                 return self._run(question, taken, True)
             pipes.write(self._chooser.refusalLines(question, decision, pipes.log))
             pipes.write(getattr(pipes.conversation, decision.value)())
@@ -153,18 +143,24 @@ class _Hook:
                 break
         return 0
 
-    def _wait(self, question: BuildQuestion) -> Taken:
+    def _wait(self, question: BuildQuestion, ticket: Ticket) -> Taken:
         """
         A slot for a build that was accepted without one.
+
+        @param ticket: its place, which it leaves.
 
         @raise BrokenPipeError: Nix is gone.
         @raise RemoteError: no machine is left that could build it.
         """
         ours = replace(question, amWilling=False)
+        ticket.waitForTurn()
+        # Nix may be gone meanwhile.
+        self._pipes.sleep(0)
         while not isinstance(decision := self._chooser.choose(ours), Taken):
             if decision is not Refusal.POSTPONE:
                 raise RemoteError(f"no machine can be reached that could build '{question.drvPath}'")
             self._pipes.sleep(_POLL_SECONDS)
+        ticket.leave()
         return decision
 
     def _run(self, question: BuildQuestion, taken: Taken, accepted: bool) -> int:
@@ -177,34 +173,16 @@ class _Hook:
         return runReactor(main)
 
 
-def hookStateDir(environ: Mapping[str, str]) -> str:
-    """The directory for what hook processes share."""
-    return environ.get(_STATE) or f"{defaultStateDir(environ)}/hook"
-
-
 def persistSeconds(environ: Mapping[str, str]) -> int:
     """
     How long a shared connection stays without a session; 0 if none is to be shared.
 
     @raise UsageError: the variable is no number.
     """
-    text = environ.get(_SHARE, str(PERSIST_SECONDS))
+    text = environ.get(SHARE, str(PERSIST_SECONDS))
     if not text.isdecimal():
-        raise UsageError(f"{_SHARE} is '{text}'; it must be a number of seconds, or 0 for no shared connections")
+        raise UsageError(f"{SHARE} is '{text}'; it must be a number of seconds, or 0 for no shared connections")
     return int(text)
-
-
-def socketDirectory(state: str) -> str:
-    """
-    The directory of shared connections.
-
-    @param state: see L{hookStateDir}. If its path is too long for sockets, a directory in C{/tmp} stands for it.
-    """
-    directory = f"{state}/masters"
-    if len(os.fsencode(directory)) <= _MAX_SOCKET_DIRECTORY:
-        return directory
-    digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
-    return f"/tmp/nixserve-{os.geteuid()}-{digest}"
 
 
 def _chooseStore(settings: HookSettings, environ: Mapping[str, str]) -> StoreLayout:

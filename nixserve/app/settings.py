@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nixserve.app.statedirs import defaultStateDir
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import FormatError, UsageError
@@ -22,7 +23,6 @@ __all__ = [
     "chooseServedStore",
     "chooseStore",
     "defaultMaxJobs",
-    "defaultStateDir",
     "homeDir",
     "logPath",
     "parseStore",
@@ -92,14 +92,6 @@ _REMOTE_SCHEMES = ("ssh://", "ssh-ng://", "unix://")
 def homeDir(environ: Environment) -> Path:
     """The user's home directory."""
     return Path(environ.get("HOME") or "/")
-
-
-def defaultStateDir(environ: Environment) -> str:
-    """Where the service keeps its own files if nobody says."""
-    if os.geteuid() == 0:
-        return "/var/lib/nixserve"
-    base = environ.get("XDG_STATE_HOME") or str(homeDir(environ) / ".local" / "state")
-    return f"{base}/nixserve"
 
 
 def logPath(environ: Environment) -> str | None:

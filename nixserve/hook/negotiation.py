@@ -261,7 +261,7 @@ class Chooser:
         if not self.isOurs(question):
             return None
         suitable = [machine for machine in self.machines.usable if isSuitable(machine, question) and machine.maxJobs]
-        ticket = self._queue.take(sum(machine.maxJobs for machine in suitable))
+        ticket = self._queue.take(suitable)
         return None if ticket is None else (suitable[0], ticket)
 
     def news(self) -> Iterable[str]:

@@ -1,35 +1,56 @@
 """
-Builds that were accepted while all slots were busy: a short queue, shared by a user's build hooks.
+Builds that were accepted while all slots were busy: a queue, shared by a user's build hooks.
 
-The state directory has a file for each place; whoever holds its C{flock(2)} has the place, so it is free again when the
-process ends. Nothing says who is first: whoever finds a free slot takes it. Blocking for a few system calls.
+The state directory has a file for each place and one for each set of machines that is waited for; whoever holds the
+C{flock(2)} of a file has the place, or the turn, so it is free again when the process ends. Only who has the turn looks
+for a slot. The system gives it to whoever has waited longest for it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+from collections.abc import Sequence
 
+from nixserve.hook.machines import Machine
 from nixserve.store.opening import fileSystemErrors
 
-__all__ = ["MAX_WAITING", "Queue", "Ticket"]
+__all__ = ["MAX_WAITING", "WAITING_PER_SLOT", "Queue", "Ticket"]
 
-MAX_WAITING = 16
-"""Builds that wait at a time: each is a process. Nix asks again every 5 seconds, so this many slots may become free
-meanwhile before one stays idle."""
+WAITING_PER_SLOT = 8
+"""Builds that wait for each slot at most. A Nix that was told to wait asks again only every 5 seconds, whatever ends
+meanwhile: so a slot stays idle if its builds take less than 5/8 seconds."""
+
+MAX_WAITING = 64
+"""Builds that wait at a time: each is a process, of some 10 MiB."""
 
 
 class Ticket:
     """A place, until L{leave} or the end of the process."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, place: int, turn: str) -> None:
+        """
+        @param place: the descriptor of its file.
+        @param turn: the path of the turn's file.
+        """
+        self._fds = [place]
+        self._turn = turn
+
+    def waitForTurn(self) -> None:
+        """
+        Wait until nobody is before this. Then the turn is held. Blocks for however long that takes.
+
+        @raise StoreError: the file system refuses.
+        """
+        with fileSystemErrors(f"cannot use the file '{self._turn}'"):
+            self._fds.append(_open(self._turn))
+            fcntl.flock(self._fds[-1], fcntl.LOCK_EX)
 
     def leave(self) -> None:
         """Leave the queue. Safe to call twice."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        while self._fds:
+            os.close(self._fds.pop())
 
 
 class Queue:
@@ -43,20 +64,26 @@ class Queue:
         """
         self._directory = directory
 
-    def take(self, slots: int) -> Ticket | None:
+    def take(self, machines: Sequence[Machine]) -> Ticket | None:
         """
-        @param slots: how many there are that could be waited for: no more builds wait than that.
+        @param machines: those that are waited for, one as good as the other.
         @return: C{None} if all places are taken.
         @raise StoreError: the file system refuses.
         """
+        names = "\0".join(sorted(machine.uri for machine in machines))
+        turn = f"{self._directory}/turn-{hashlib.sha256(names.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+        slots = sum(machine.maxJobs for machine in machines)
         with fileSystemErrors(f"cannot use the directory '{self._directory}'"):
             os.makedirs(self._directory, mode=0o700, exist_ok=True)
-            for number in range(min(slots, MAX_WAITING)):
-                path = f"{self._directory}/{number}"
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            for number in range(min(slots * WAITING_PER_SLOT, MAX_WAITING)):
+                fd = _open(f"{self._directory}/{number}")
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return Ticket(fd)
+                    return Ticket(fd, turn)
                 except BlockingIOError:
                     os.close(fd)
         return None
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -18,7 +18,7 @@ from nixserve.hook.conversation import BuildQuestion, HookLog, HookSettings
 from nixserve.hook.lastseen import LastSeen
 from nixserve.hook.machines import Machines, parseMachines
 from nixserve.hook.negotiation import RECENT_SECONDS, Chooser, NixPipes, Taken
-from nixserve.hook.queue import MAX_WAITING, Queue
+from nixserve.hook.queue import WAITING_PER_SLOT, Queue
 from nixserve.hook.slots import Slots
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
@@ -117,6 +117,39 @@ def test_mayRecover(bench):
     assert decisions == [Refusal.POSTPONE] * 3 + [Refusal.DECLINE] * 2
 
 
+def putAside(bench, text):
+    """Machines that have failed, and may be tried again."""
+    for made in machines(text):
+        chooser = bench.chooser(made.uri)
+        chooser.failed(chooser.choose(QUESTION), "it burns")
+    bench.now += FIRST_PAUSE
+
+
+def test_leave(bench):
+    """Who leaves a machine that was put aside leaves it for others to try, with its slot."""
+    putAside(bench, "a")
+    taken = bench.chooser("a").choose(QUESTION)
+    assert not isinstance(bench.chooser("a").choose(QUESTION), Taken)
+    taken.leave()
+    assert isinstance(bench.chooser("a").choose(QUESTION), Taken)
+
+
+def test_othersAreLeft(bench):
+    """Of several machines that may be tried again, those that are not chosen are left for others to try."""
+    putAside(bench, "a; b")
+    chosen = [bench.chooser("a; b").choose(QUESTION).machine.uri for _ in range(2)]
+    assert chosen == ["ssh://a", "ssh://b"]
+
+
+def test_busyAreLeft(bench):
+    """So are those that have no free slot."""
+    putAside(bench, "a")
+    slot = Slots(str(bench._directory)).take(machines("a"))
+    assert bench.chooser("a").choose(QUESTION) is Refusal.POSTPONE
+    slot.release()
+    assert isinstance(bench.chooser("a").choose(QUESTION), Taken)
+
+
 def test_localInstead(bench):
     """Nobody waits for machines, nor tries those put aside, if Nix can build it itself."""
     chooser = bench.chooser("a", system="x86_64-linux", max_jobs="1")
@@ -163,21 +196,14 @@ def test_unseenAfterFailure(bench):
 
 
 def test_queue(bench):
-    """As many builds wait in place of Nix as there are slots to wait for, if it could not build them itself."""
-    chooser = bench.chooser("a - - 2; b arm", max_jobs="0")
-    first, second = chooser.queue(QUESTION), chooser.queue(QUESTION)
-    assert first[0].uri == second[0].uri == "ssh://a"
+    """Builds wait in place of Nix, as far as there is room, if it could not build them itself."""
+    chooser = bench.chooser("a - - 1; b arm", max_jobs="0")
+    places = [chooser.queue(QUESTION) for _ in range(WAITING_PER_SLOT)]
+    assert {machine.uri for machine, _ in places} == {"ssh://a"}
     assert chooser.queue(QUESTION) is None
-    first[1].leave()
+    places[0][1].leave()
     assert chooser.queue(QUESTION) is not None
     assert bench.chooser("a - - 9", system="x86_64-linux", max_jobs="1").queue(QUESTION) is None
-
-
-def test_queueIsShort(tmp_path):
-    """However many slots there are."""
-    queue = Queue(str(tmp_path))
-    tickets = [queue.take(1000) for _ in range(MAX_WAITING + 1)]
-    assert tickets[-1] is None and None not in tickets[:-1]
 
 
 def test_clockSetBack(tmp_path):
@@ -189,6 +215,17 @@ def test_clockSetBack(tmp_path):
     assert seen.isSince(machine(), 1000) and not seen.isSince(machine(), 1001)
     now[0] = 900
     assert not seen.isSince(machine(), 0)
+
+
+def test_seenFiles(tmp_path):
+    """Nobody else can say that a machine works."""
+    before = os.umask(0)
+    try:
+        LastSeen(str(tmp_path / "new"), lambda: 1000.0).worked(machine())
+    finally:
+        os.umask(before)
+    (file,) = (tmp_path / "new").iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (file, file.parent)] == [0o600, 0o700]
 
 
 def test_refusalLines(bench):
@@ -298,4 +335,16 @@ def test_pipesEnd():
     os.close(reading)
     with pytest.raises(BrokenPipeError):
         pipes.sleep(10)
+    os.close(writing)
+
+
+def test_acceptanceClosesTheLog():
+    """With the answer nobody but Nix can read the log any more, so it is known when Nix is gone."""
+    reading, writing = os.pipe()
+    pipes = NixPipes(3, 1, logWriting=writing, logReading=reading)
+    pipes.conversation.receiveData(settings("auto") + asks())
+    assert pipes.readSettings().store == "auto" and pipes.readEvent() == QUESTION
+    assert pipes.acceptance(machine()) == b"# accept\nssh://h1\n"
+    with pytest.raises(BrokenPipeError):
+        os.write(writing, b"x")
     os.close(writing)

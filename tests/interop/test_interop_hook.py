@@ -59,6 +59,8 @@ def assertNothingLeft(farm):
     """No process, no slot, no lock, no temporary root of a run is left."""
     until(lambda: not [line for line in processes(str(farm.directory)).values() if "--serve" in line], 10)
     until(lambda: not hookProcesses(farm.state), 5)
+    # Nix has ended, and with it what was loaded for it.
+    until(lambda: not processes(f"{farm.state}/preloaded/"), 5)
     assert not any(map(isLocked, (farm.root / "nix/var/nix/current-load").glob("*")))
     assert not any(map(isLocked, physical(farm.root, "/nix/store").glob("*.lock")))
     for machine in farm.machines:
@@ -158,13 +160,15 @@ def test_firstFailure(farm):
     assertNothingLeft(farm)
 
 
+@pytest.mark.parametrize("share", ["0", "60"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interrupt(nix, farm, number):
+def test_interrupt(nix, farm, number, share):
     """Ctrl-C ends all builds on all machines; so does the sudden death of Nix."""
     farm.endpoint("x86_64-linux - 2 1"), farm.stock("x86_64-linux - 2 1")
     expression = write(farm, "many.nix", MANY)
     command = farm.command(expression, *arguments(count=8, sleep="61.25"))
-    process = nix.start(*command, store=farm.root, environment=farm.environment(), stderr=-3)
+    environment = farm.environment(NIXSERVE_HOOK_SHARE=share)
+    process = nix.start(*command, store=farm.root, environment=environment, stderr=-3)
     until(lambda: len(sleeping("61.25")) == 4, 20)
     process.send_signal(number)
     process.wait(20)
@@ -220,6 +224,8 @@ def test_bothHooks(nix, farm):
     """The original and ours at once on one machines file never exceed a machine's slots."""
     farm.stock("x86_64-linux - 3 1")
     expression = write(farm, "many.nix", MANY)
+    # Two Nixes that make the same store at once disturb each other.
+    nix.run("nix-store", "--init", store=farm.root)
     most = []
     ending = threading.Event()
 
