@@ -15,7 +15,7 @@ __all__ = ["hook"]
 
 
 @click.command()
-@click.option("--no-share", "noShare", is_flag=True, help="Let every build have an SSH connection of its own.")
+@click.option("--no-share", "noShare", is_flag=True, help="Let every build have a process and an SSH connection of its own.")
 @click.option("--check", is_flag=True, help="Look at the machines in place of building.")
 @click.option("--json", "asJSON", is_flag=True, help="With --check: print one JSON object a machine.")
 @click.argument("argument", metavar="[VERBOSITY | MACHINES]", required=False)
@@ -28,8 +28,8 @@ def hook(noShare: bool, check: bool, asJSON: bool, argument: str | None) -> None
     With --check, look at each machine of the setting 'builders' or of MACHINES, which is what that setting may be:
     @/path/to/file, or the lines of such a file. Exit status 0 if all of them are well.
 
-    NIXSERVE_HOOK_SHARE is the number of seconds that a shared SSH connection stays without a build, 0 for none at all;
-    NIXSERVE_HOOK_STATE is the directory for what the hook's processes share.
+    NIXSERVE_HOOK_SHARE is the number of seconds that what the hook's processes share stays without a build: SSH
+    connections, and loaded code; 0 for nothing of the kind. NIXSERVE_HOOK_STATE is the directory for what they share.
     """
     if check:
         from nixserve.app.hookcheck import checkMachines

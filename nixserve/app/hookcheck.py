@@ -4,7 +4,10 @@ C{nixserve hook --check}: tells what there is to know about the machines.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import subprocess
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -27,20 +30,26 @@ from nixserve.hook.machines import Machine
 from nixserve.hook.running import CONNECT_SECONDS
 from nixserve.hook.slots import Slots
 
-__all__ = ["checkMachines"]
+__all__ = ["checkMachines", "nixSettings"]
+
+_SHOW_SETTINGS = (["config", "show"], ["show-config"])
+"""What tells the settings: from Nix 2.20 on, and before."""
+
+_SHOW_SECONDS = 10.0
 
 
 def checkMachines(builders: str | None, asJSON: bool, environ: Mapping[str, str]) -> int:
     """
     Try all machines at once, and tell about them in the order of the file.
 
-    @param builders: as Nix's setting; by default Nix's machines file.
+    @param builders: in place of Nix's setting.
     @return: the exit status: 0 if all is well.
     @raise NixServeError: the machines file breaks the rules.
     """
-    if builders is None:
-        builders = f"@{environ.get('NIX_CONF_DIR') or '/etc/nix'}/machines"
-    machines = readMachines(HookSettings({"builders": builders, "system": hostPlatforms()[0]}))
+    settings = nixSettings(environ)
+    if builders is not None:
+        settings = HookSettings({**settings.values, "builders": builders})
+    machines = readMachines(settings)
 
     async def main(reactor: Any) -> list[MachineReport]:
         checks = [checkMachine(reactor, machine, environ, time.time, CONNECT_SECONDS) for machine in machines.usable]
@@ -50,7 +59,11 @@ def checkMachines(builders: str | None, asJSON: bool, environ: Mapping[str, str]
     for text in machines.unusable:
         _tellUnusable(text, asJSON)
     if not machines.usable and not machines.unusable:
-        click.echo(f"error: there are no machines in {builders}", err=True)
+        click.echo(
+            f"error: there are no machines in '{settings.builders}'; name some in the setting 'builders' of nix.conf, "
+            "in its machines file, or behind --check",
+            err=True,
+        )
     for machine, report in zip(machines.usable, runReactor(main) if machines.usable else [], strict=True):
         status = 1 if report.problems else status
         facts = _facts(machine, report, environ)
@@ -59,6 +72,21 @@ def checkMachines(builders: str | None, asJSON: bool, environ: Mapping[str, str]
         else:
             _tell(machine, report, facts)
     return status
+
+
+def nixSettings(environ: Mapping[str, str]) -> HookSettings:
+    """
+    C{builders} and C{system} as the Nix of this machine has them from its files and environment; without one, as it
+    has them by default.
+    """
+    values = {"builders": f"@{environ.get('NIX_CONF_DIR') or '/etc/nix'}/machines", "system": hostPlatforms()[0]}
+    for command in _SHOW_SETTINGS:
+        words = ["nix", "--extra-experimental-features", "nix-command", *command, "--json"]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, subprocess.SubprocessError):
+            done = subprocess.run(words, capture_output=True, check=True, env=environ, timeout=_SHOW_SECONDS)
+            found = json.loads(done.stdout)
+            return HookSettings({name: str(found[name]["value"]) for name in values})
+    return HookSettings(values)
 
 
 def _tellUnusable(text: str, asJSON: bool) -> None:

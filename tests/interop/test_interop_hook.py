@@ -368,6 +368,31 @@ def test_checkFinds(farm):
     assert machines[3]["takesUnsigned"] is False and "right to write" in unwritable and "right to build" in unwritable
 
 
+def test_checkConfigured(farm):
+    """Without an argument, the machines that Nix has in its settings are looked at."""
+    farm.refusing("x86_64-linux")
+    config = farm.environment()["NIX_CONFIG"] + f"builders = {farm.file}\n"
+    words = ourProgram("nixserve"), "hook", "--check", "--json"
+    done = farm.nix.run(*words, store=farm.root, environment=farm.environment(NIX_CONFIG=config), check=False)
+    assert [json.loads(line)["uri"] for line in done.stdout.splitlines()] == ["ssh://m0"]
+
+
+def test_checkNothing(farm):
+    """If it has none, that is said, with what would help; so it is without any Nix."""
+    for environment in ({}, {"PATH": str(farm.directory)}):
+        done = farm.nix.run(
+            *(ourProgram("nixserve"), "hook", "--check"),
+            store=farm.root,
+            environment=farm.environment(NIX_CONF_DIR=str(farm.directory), **environment),
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.decode() == (
+            f"error: there are no machines in '@{farm.directory}/machines'; name some in the setting 'builders' of "
+            "nix.conf, in its machines file, or behind --check\n"
+        )
+
+
 @pytest.mark.parametrize("kind", ["stock", "endpoint"])
 def test_contentAddressed(nix, farm, kind):
     """Outputs whose paths follow from their contents come where they come with the original, and Nix knows of them."""
