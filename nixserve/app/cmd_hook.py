@@ -15,7 +15,9 @@ __all__ = ["hook"]
 
 
 @click.command()
-@click.option("--no-share", "noShare", is_flag=True, help="Let every build have a process and an SSH connection of its own.")
+@click.option(
+    "--no-share", "noShare", is_flag=True, help="Let every build have a process and an SSH connection of its own."
+)
 @click.option("--check", is_flag=True, help="Look at the machines in place of building.")
 @click.option("--json", "asJSON", is_flag=True, help="With --check: print one JSON object a machine.")
 @click.argument("argument", metavar="[VERBOSITY | MACHINES]", required=False)

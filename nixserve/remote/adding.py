@@ -7,24 +7,22 @@ has nothing of it but the beginning of a NAR, which it drops when the transfer i
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from nixserve.codec.contentaddress import ContentAddressMethod
 from nixserve.codec.derivation import Derivation
-from nixserve.codec.hashes import Hash
-from nixserve.codec.nar import NarParser
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
-from nixserve.errors import FormatError, NixServeError, StoreError
+from nixserve.errors import NixServeError, StoreError
 from nixserve.protocol.streams import READ_AHEAD
 from nixserve.remote.link import Link
 from nixserve.remote.sessions import Upload
 from nixserve.store.api import Busy
 from nixserve.store.contents import (
     DrainingWriter,
+    Intake,
     checkContentAddress,
     checkNar,
     checkNewInfo,
@@ -41,40 +39,6 @@ MAX_SPOOLED_IN_MEMORY: Final = 1024 * 1024
 _CHUNK_SIZE: Final = 256 * 1024
 
 _NONE: Final[Mapping[StorePath, bytes]] = {}
-
-
-class Intake:
-    """
-    A NAR that is coming in: its shape, size and hash.
-    """
-
-    def __init__(self, maxSize: int | None = None) -> None:
-        self._parser = NarParser(maxSize)
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether the NAR is complete."""
-        return self._parser.finished
-
-    def feed(self, data: bytes) -> None:
-        """
-        @raise FormatError: this is no NAR, or it was complete before.
-        """
-        self._parser.feed(data)
-        if self._parser.surplus:
-            raise FormatError("bad archive: data after its end", offset=self.size)
-        self.size += len(data)
-        self._digest.update(data)
-
-    def finish(self) -> Hash:
-        """
-        @return: the hash of the NAR.
-        @raise FormatError: it is not complete, or was bad.
-        """
-        self._parser.close()
-        return Hash("sha256", self._digest.digest())
 
 
 class Spool:

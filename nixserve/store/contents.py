@@ -23,13 +23,14 @@ from nixserve.codec.hashes import Hash
 from nixserve.codec.nar import Contents, NarParser, Regular
 from nixserve.codec.pathinfo import Signature, ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.errors import StoreError
+from nixserve.errors import FormatError, StoreError
 
 __all__ = [
     "MAX_DERIVATION_SIZE",
     "DerivationMemo",
     "DrainingWriter",
     "HashModulo",
+    "Intake",
     "checkContentAddress",
     "checkNar",
     "checkNewInfo",
@@ -44,6 +45,40 @@ MAX_DERIVATION_SIZE: Final = 64 * 1024 * 1024
 
 DerivationMemo = dict[StorePath, Hash | None]
 """Hashes of derivations found before, see L{nixserve.codec.derivation.hashDerivationModulo}."""
+
+
+class Intake:
+    """
+    A NAR that is coming in: its shape, size and hash.
+    """
+
+    def __init__(self, maxSize: int | None = None) -> None:
+        self._parser = NarParser(maxSize)
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the NAR is complete."""
+        return self._parser.finished
+
+    def feed(self, data: bytes) -> None:
+        """
+        @raise FormatError: this is no NAR, or it was complete before.
+        """
+        self._parser.feed(data)
+        if self._parser.surplus:
+            raise FormatError("bad archive: data after its end", offset=self.size)
+        self.size += len(data)
+        self._digest.update(data)
+
+    def finish(self) -> Hash:
+        """
+        @return: the hash of the NAR.
+        @raise FormatError: it is not complete, or was bad.
+        """
+        self._parser.close()
+        return Hash("sha256", self._digest.digest())
 
 
 class HashModulo:

@@ -7,7 +7,6 @@ one session is adding is locked for the others.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,16 +14,15 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from nixserve.codec.derivation import Derivation
-from nixserve.codec.hashes import Hash
-from nixserve.codec.nar import NarParser
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.errors import FormatError, NixServeError, StoreError
+from nixserve.errors import NixServeError, StoreError
 from nixserve.store.api import Busy, ImportWriter, InvalidPath, PathWriter, addWhole
 from nixserve.store.contents import (
     DerivationMemo,
     DrainingWriter,
+    Intake,
     checkContentAddress,
     checkNar,
     checkNewInfo,
@@ -292,38 +290,22 @@ class MemorySession:
         yield writeExportMarker(False)
 
 
-class _Buffer:
-    """A NAR that is coming in, and whether it is one."""
+class _Buffer(Intake):
+    """A NAR that is coming in, and is kept."""
 
     def __init__(self, maxSize: int | None = None) -> None:
-        self.size = 0
-        self._parser = NarParser(maxSize)
+        super().__init__(maxSize)
         self._pieces: list[bytes] = []
-        self._digest = hashlib.sha256()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the NAR is complete."""
-        return self._parser.finished
 
     def feed(self, data: bytes) -> None:
-        """
-        @raise FormatError: this is no NAR, or it was complete before.
-        """
-        self._parser.feed(data)
-        if self._parser.surplus:
-            raise FormatError("bad archive: data after its end", offset=self.size)
-        self.size += len(data)
-        self._digest.update(data)
+        """See L{Intake.feed}."""
+        super().feed(data)
         self._pieces.append(bytes(data))
 
-    def finish(self) -> tuple[bytes, Hash]:
-        """
-        @return: the NAR and its hash.
-        @raise FormatError: it is not complete, or was bad.
-        """
-        self._parser.close()
-        return b"".join(self._pieces), Hash("sha256", self._digest.digest())
+    @property
+    def nar(self) -> bytes:
+        """All that came."""
+        return b"".join(self._pieces)
 
 
 class _PathWriter:
@@ -353,7 +335,7 @@ class _PathWriter:
         """See L{nixserve.store.api.PathWriter.finish}."""
         try:
             buffer = _requireBuffer(self._session, self._buffer)
-            nar, narHash = buffer.finish()
+            narHash, nar = buffer.finish(), buffer.nar
             checkNar(self._info, narHash, buffer.size)
             checkContentAddress(self._info, lambda: [nar])
             self._store.register(self._info, nar)
@@ -386,7 +368,7 @@ class _ImportWriter:
         """See L{nixserve.store.api.ImportWriter.finish}."""
         try:
             buffer = _requireBuffer(self._session, self._buffer)
-            nar, narHash = buffer.finish()
+            narHash, nar = buffer.finish(), buffer.nar
             self._session.addTempRoots([path])
             if self._store.lock(path, self._session):
                 try:

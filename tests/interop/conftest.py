@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from twisted.internet import reactor
 
+from nixserve.protocol.workers import Workers
 from tests.interop.endpoint import Endpoint, Keys, Sshd
 from tests.interop.nix import Nix, requireProgram, unavailable
 from tests.interop.oddstore import makeOddStore
@@ -117,3 +119,12 @@ def makeEndpoint(directory, nix, keys):
     yield make
     for server in running:
         server.stop()
+
+
+@pytest.fixture
+def workers():
+    """Where stores on this side block."""
+    workers = Workers(reactor)
+    workers.start()
+    yield workers
+    workers.stop()

@@ -7,14 +7,12 @@ import hashlib
 
 import pytest
 import pytest_twisted
-from twisted.internet import reactor
 
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.messages import BuildOptions
 from nixserve.codec.pathinfo import topoSort
 from nixserve.errors import RemoteError
 from nixserve.protocol.copying import copyClosure
-from nixserve.protocol.workers import Workers
 from nixserve.testing import makeInfo, makeNar
 from tests.interop.building import requireSandbox, withoutEscapes
 from tests.interop.nix import NIX_CONFIG
@@ -60,15 +58,6 @@ in rec {
   slow = make "slow" "echo begun; sleep 100" { };
 }
 """
-
-
-@pytest.fixture
-def workers():
-    """Where stores on this side block."""
-    workers = Workers(reactor)
-    workers.start()
-    yield workers
-    workers.stop()
 
 
 @pytest.fixture(params=WAYS, ids=wayName)

@@ -21,7 +21,6 @@ from twisted.internet.task import deferLater
 
 from nixserve.errors import NixServeError, RemoteError, StoreError
 from nixserve.protocol.copying import copyClosure
-from nixserve.protocol.workers import Workers
 from nixserve.ssh import connection
 from nixserve.testing import makeNar
 from tests.interop.building import requireSandbox
@@ -36,15 +35,6 @@ from tests.interop.watching import MIB
 SOON = 5
 
 SIZE = 16 * MIB
-
-
-@pytest.fixture
-def workers():
-    """Where stores on this side block."""
-    workers = Workers(reactor)
-    workers.start()
-    yield workers
-    workers.stop()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import pytest_twisted
-from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList, gatherResults
 from twisted.internet.threads import deferToThread
 
@@ -18,7 +17,6 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.codec.pathinfo import topoSort
 from nixserve.errors import RemoteError
 from nixserve.protocol.copying import copyClosure
-from nixserve.protocol.workers import Workers
 from nixserve.store.api import InvalidPath
 from nixserve.testing import makeNar
 from tests.interop.building import requireSandbox, withoutEscapes
@@ -33,15 +31,6 @@ ROUNDS, SOAK = 50, 1000
 
 #: Rounds that run at the same time, so that one finds what another has left.
 LANES = 3
-
-
-@pytest.fixture
-def workers():
-    """Where stores on this side block."""
-    workers = Workers(reactor)
-    workers.start()
-    yield workers
-    workers.stop()
 
 
 @pytest.fixture(params=["real", "ours"])

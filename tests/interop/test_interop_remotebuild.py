@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import pytest_twisted
-from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
 
 from nixserve.codec.buildresult import BuildStatus
@@ -15,7 +14,6 @@ from nixserve.codec.derivation import drvPathOf
 from nixserve.codec.messages import BuildOptions
 from nixserve.errors import BuildError, FormatError, RemoteError, StoreError
 from nixserve.protocol.remotebuild import buildRemotely, planRemoteBuild
-from nixserve.protocol.workers import Workers
 from tests.interop.building import DERIVATIONS, FEATURE, TREE, requireSandbox, withoutEscapes
 from tests.interop.collecting import Collector
 from tests.interop.remotes import STORE_DIR, Remote, basic, here, outputsOf, readDerivation, wayName
@@ -32,15 +30,6 @@ FLOATING = ["floatingBottom", "floatingTop", "afterFloating"]
 WAYS = [("real", "child"), ("ours", "conch")]
 
 MISSING = STORE_DIR.parse(named("missing"))
-
-
-@pytest.fixture
-def workers():
-    """Where stores on this side block."""
-    workers = Workers(reactor)
-    workers.start()
-    yield workers
-    workers.stop()
 
 
 @pytest.fixture(scope="module")
