@@ -175,11 +175,8 @@ async def _upload(
     schedule = Schedule(missing, len(clients))
     arrived = _arrived(schedule, progress)
     await _together(
-        clients,
-        [
-            upload(sources[lane % len(sources)], lane_, schedule, lane, progress.moved, arrived)
-            for lane, lane_ in enumerate(clients)
-        ],
+        upload(sources[lane % len(sources)], client, schedule, lane, progress.moved, arrived)
+        for lane, client in enumerate(clients)
     )
     return copied
 
@@ -221,15 +218,14 @@ async def _download(
     arrived = _arrived(schedule, progress)
     lanes = list(zip(clients, targets, strict=False))
     await _together(
-        clients,
-        [download(one, target, schedule, lane, progress.moved, arrived) for lane, (one, target) in enumerate(lanes)],
+        download(one, target, schedule, lane, progress.moved, arrived) for lane, (one, target) in enumerate(lanes)
     )
     return copied
 
 
-async def _together(clients: Sequence[ServeClient], lanes: Iterable[Coroutine[Any, Any, None]]) -> None:
+async def _together(lanes: Iterable[Coroutine[Any, Any, None]]) -> None:
     """
-    Wait for all; the first that fails ends the others and is what is raised.
+    Wait for all; the first that fails ends the others, and their sessions with them, and is what is raised.
     """
     running = [Deferred.fromCoroutine(lane) for lane in lanes]
     try:
@@ -238,8 +234,6 @@ async def _together(clients: Sequence[ServeClient], lanes: Iterable[Coroutine[An
         e.subFailure.raiseException()
     finally:
         if not all(lane.called for lane in running):
-            for client in clients:
-                client.cut()
             for lane in running:
                 lane.cancel()
             await DeferredList(running, consumeErrors=True)

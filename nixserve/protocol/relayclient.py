@@ -152,8 +152,9 @@ class RelayTransport(Protocol):
         self.abortConnection()
 
     def loseConnection(self) -> None:
-        """End the input of the session; it is to end by itself then."""
-        self._socket.loseWriteConnection()
+        """End the input of the session; it is to end by itself then. A socket that is gone has none."""
+        if self._socket.connected:
+            self._socket.loseWriteConnection()
 
     def exit(self, status: int) -> None:
         """See L{IServeTransport}."""

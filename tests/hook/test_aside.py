@@ -2,8 +2,10 @@
 L{nixserve.hook.aside}: machines put aside after failures.
 """
 
+import fcntl
 import json
 import os
+import threading
 
 import pytest
 
@@ -145,6 +147,7 @@ def test_triedMeanwhile(make, clock):
 
     aside.failure = outdated
     assert aside.attempt(H1, early=True) is None
+    assert aside.attempt(H1, early=True) is not None, "nothing is held"
 
 
 def test_early(make):
@@ -191,6 +194,20 @@ def test_tellingKeepsThePause(make, clock):
     known = make().failure(H1)
     assert (known.until, known.count) == (failure.until, 1)
     assert "run 99" in known.told and "run 0" not in known.told
+
+
+def test_oneWrites(make, directory):
+    """Files are changed by one at a time."""
+    fail(make())
+    with open(directory / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        told = []
+        thread = threading.Thread(target=lambda: told.append(make().news(H1)))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and make().failure(H1).told == ()
+    thread.join(10)
+    assert told[0].reason == "no answer" and make().failure(H1).told == ("run",)
 
 
 @pytest.mark.parametrize(

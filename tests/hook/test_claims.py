@@ -122,6 +122,7 @@ def test_close(make):
     one.claim(infos("a b"))
     one.close()
     one.close()
+    one.release(path("a"))
     assert claim(two, "a b") == "a b"
 
 
@@ -154,6 +155,17 @@ def test_noTraces(make, tmp_path):
     (file,) = (tmp_path / "claims").iterdir()
     assert (file.name, file.stat().st_size, file.stat().st_mode & 0o777) == ("ssh:__h1.claims", 0, 0o600)
     assert os.stat(tmp_path / "claims").st_mode & 0o777 == 0o700
+
+
+def test_link(make, tmp_path):
+    """A link in place of the file is not followed."""
+    make()
+    (file,) = (tmp_path / "claims").iterdir()
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="cannot open the lock file"):
+        make()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_refused(tmp_path):

@@ -11,7 +11,9 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock, deferLater
+from twisted.python.failure import Failure
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
@@ -28,15 +30,24 @@ from nixserve.protocol.copying import CopyProgress
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.store.api import InvalidPath
 from nixserve.store.memory import MemoryStore
-from nixserve.testing import ImmediateWorkers, Joined, addObject, makeInfo, makeNar
+from nixserve.testing import FakeStore, ImmediateWorkers, Joined, addObject, makeInfo, makeNar
 from tests.hook.hooksupport import machine
 
 
 class Recorder(CopyProgress):
-    """Keeps the names of what was sent."""
+    """
+    Keeps the names of what was sent.
 
-    def __init__(self):
+    @ivar meanwhile: called when it is known what is to be sent.
+    """
+
+    def __init__(self, meanwhile=lambda: None):
         self.names = []
+        self.meanwhile = meanwhile
+
+    def planned(self, infos, present):
+        """See L{CopyProgress}."""
+        self.meanwhile()
 
     def copied(self, info):
         """See L{CopyProgress}."""
@@ -190,6 +201,51 @@ def test_arrivesBetween(side, monkeypatch):
     assert sent.names == ["b", "c", "d"]
 
 
+def test_arrivedIsReleased(side, monkeypatch):
+    """What turns out to be there already after it was claimed is no longer in anybody's way."""
+    claims, other = side.claims(), side.claims()
+    original = claims.claim
+
+    def claim(missing):
+        addObject(side.there.openSession(), side.infos[0], side.nars[side.paths[0]])
+        return original(missing)
+
+    monkeypatch.setattr(claims, "claim", claim)
+    joined = side.joined()
+    joined.result(side.send(joined, claims, Recorder(lambda: other.check(side.paths[0]))))
+    assert claims.claimed == frozenset()
+
+
+@pytest.mark.parametrize("substitute", [True, False])
+def test_questions(side, monkeypatch, substitute):
+    """
+    Whatever the machine is asked about it is to keep; and whether to try its own substituters, it is told with the
+    first question.
+    """
+    joined, asked = side.joined(), []
+    original = joined.client.queryValidPaths
+
+    def query(paths, lock=False, substitute=False):
+        asked.append((len(paths), lock, substitute))
+        return original(paths, lock, substitute)
+
+    monkeypatch.setattr(joined.client, "queryValidPaths", query)
+    joined.result(side.send(joined, side.claims(), Recorder(), substitute=substitute))
+    assert asked == [(4, True, substitute), (4, True, False)]
+
+
+def test_oldMachine(side):
+    """A machine whose protocol has nothing for one path at a time gets all of them as one stream."""
+    there = FakeStore()
+    side.there = there.inner
+    joined = Joined(there, workers=ImmediateWorkers(side.clock))
+    joined.server._connection.announced = joined.server._connection.version = 0x204
+    claims, sent = side.claims(), Recorder()
+    joined.result(side.send(joined, claims, sent))
+    assert sent.names == ["a", "b", "c", "d"] and side.arrived == set(side.paths)
+    assert there.names.count("importPath") == 4 and claims.claimed == frozenset()
+
+
 def test_fewAtATime(side, monkeypatch):
     """What cannot be claimed at once is claimed later."""
     monkeypatch.setattr("nixserve.hook.claims.MAX_CLAIMED", 1)
@@ -214,6 +270,27 @@ def test_fetches(side):
     assert side.store.openSession().queryValidPaths([info.path, *side.paths]) == {info.path, *side.paths}
     joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, {info.path}, fetched)))
     assert fetched.names == ["made"]
+
+
+def test_keptHere(side):
+    """
+    What of the outputs, or of what they refer to, was here when it was asked for is not lost to a collector that runs
+    before the rest has come.
+    """
+    made = makeNar(b"made")
+    info = makeInfo("made", made, side.paths[-1:])
+    old = makeInfo("old", made)
+    there = side.there.openSession()
+    for each in side.infos:
+        addObject(there, each, side.nars[each.path])
+    addObject(there, info, made)
+    addObject(side.session, old, made)
+    side.session.close()
+    joined, fetched, here = side.joined(), Recorder(side.store.collectGarbage), side.here()
+    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, {info.path, old.path}, fetched)))
+    assert fetched.names == ["made"]
+    expected = {info.path, old.path, *side.paths}
+    assert side.store.openSession().queryValidPaths(expected) == expected
 
 
 def test_fetchesNothing(side):
@@ -312,6 +389,18 @@ async def test_readerGone():
     await pipe.finish()
     with pytest.raises(OSError, match="Bad file descriptor"):
         fcntl.fcntl(writing, fcntl.F_GETFD)
+
+
+@pytest_twisted.ensureDeferred
+async def test_endsOnce():
+    """A reactor that stops ends what has ended already: by then the descriptor may be somebody else's."""
+    reading, writing = os.pipe()
+    pipe = PipeToNix(reactor, writing, lambda: None)
+    await pipe.finish()
+    os.dup2(reading, writing)
+    pipe._stream.connectionLost(Failure(ConnectionDone()))
+    os.close(writing)
+    os.close(reading)
 
 
 @pytest_twisted.ensureDeferred

@@ -201,3 +201,14 @@ def test_notInherited(slots):
     """A program that is started, such as ssh, does not keep the slot when its starter is gone."""
     slot = slots.take([machine()])
     assert not os.get_inheritable(slot._fd)
+
+
+def test_failsHalfWay(slots, directory):
+    """Slots that were found free before something failed are not kept."""
+    other, (two,) = machine("b"), machines("a - - 2")
+    slots.load(two)
+    (directory / "ssh:__a-1").unlink()
+    (directory / "ssh:__a-1").mkdir()
+    with pytest.raises(StoreError):
+        slots.take([other, two])
+    assert slots.load(other) == 0 and slots.load(machine("a")) == 0

@@ -6,8 +6,9 @@ import sys
 import pytest
 import pytest_twisted
 from twisted.internet import reactor
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone, ProcessDone, ProcessTerminated
+from twisted.internet.interfaces import IReactorProcess
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
@@ -58,9 +59,11 @@ def spawn(script, protocol=None):
 
 @pytest.fixture(autouse=True)
 def leaks():
-    """Every test leaves descriptors and reactor as they were."""
+    """Every test leaves descriptors and reactor as they were, with nothing to be done about a child that is gone."""
     before = len(os.listdir("/proc/self/fd"))
+    calls = set(reactor.getDelayedCalls())
     yield
+    assert set(reactor.getDelayedCalls()) <= calls
     assert not [d for d in [*reactor.getReaders(), *reactor.getWriters()] if isinstance(d, stdio.Stream)]
     assert len(os.listdir("/proc/self/fd")) <= before + 3
 
@@ -174,15 +177,19 @@ def test_abort():
 
 @pytest_twisted.inlineCallbacks
 def test_abortByForce(monkeypatch):
-    """A child that does not want to end is killed after a while; aborting again changes nothing."""
+    """A child that does not want to end is killed after a while; aborting again and again does not put that off."""
     monkeypatch.setattr(childprocess, "KILL_SECONDS", 0.2)
     protocol, transport = spawn("import signal; signal.signal(15, signal.SIG_IGN); os.write(1, b'up'); time.sleep(60)")
     while not protocol.received:
         yield deferLater(reactor, 0.01, lambda: None)
-    transport.abortConnection()
-    transport.abortConnection()
+    for _ in range(100):
+        transport.abortConnection()
+        yield deferLater(reactor, 0.05, lambda: None)
+        if protocol.ends:
+            break
+    assert protocol.ends == 1
     reason = yield protocol.lost
-    assert isinstance(reason, ProcessTerminated) and reason.signal == 9 and protocol.ends == 1
+    assert isinstance(reason, ProcessTerminated) and reason.signal == 9
     transport.abortConnection()
 
 
@@ -225,13 +232,18 @@ def test_heirsWhilePaused(monkeypatch):
 
 
 @pytest_twisted.inlineCallbacks
-def test_abortWithHeirs():
+def test_abortWithHeirs(monkeypatch):
     """Aborting does not wait for them either."""
+    monkeypatch.setattr(childprocess, "ERROR_SECONDS", 30.0)
     protocol, transport = spawn(HEIR + "time.sleep(60)")
     while not protocol.errors:
         yield deferLater(reactor, 0.01, lambda: None)
     transport.abortConnection()
+    patience = deferLater(reactor, 10, os.kill, int(protocol.errors), 9)
     reason = yield protocol.lost
+    assert not patience.called
+    patience.addErrback(lambda failure: failure.trap(CancelledError))
+    patience.cancel()
     os.kill(int(protocol.errors), 9)
     assert reason.signal == 15 and protocol.ends == 1
 
@@ -284,6 +296,24 @@ def test_noSuchProgram():
         assert protocol.ends == 0
     else:
         assert isinstance((yield protocol.lost), ProcessTerminated)
+
+
+@implementer(IReactorProcess)
+class NoMoreProcesses:
+    """A reactor that can start none."""
+
+    def spawnProcess(self, *args, **kwargs):
+        """See L{IReactorProcess}."""
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+def test_notStarted():
+    """A child that cannot be started leaves nothing open."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    protocol = Recorder()
+    with pytest.raises(BlockingIOError):
+        ProcessTransport.spawn(protocol, NoMoreProcesses(), ["nix-store"], {})
+    assert sorted(os.listdir("/proc/self/fd")) == before and not protocol.connected
 
 
 @pytest_twisted.inlineCallbacks

@@ -236,20 +236,43 @@ def test_uploadAsksOnce():
     assert timeless(result(copying).infos) == timeless(infos)
 
 
-def test_downloadAsksAhead(monkeypatch):
-    """NARs are requested before the ones before them have come, as far as the limits allow."""
-    monkeypatch.setattr(transfers, "MAX_REQUESTED", 8)
-    monkeypatch.setattr(transfers, "SMALL", 0)
+@pytest.mark.parametrize(
+    ("limit", "nars", "ahead"), [("MAX_REQUESTED", 8, 8), ("MAX_BYTES_AHEAD", 8, 8), ("MAX_BYTES_AHEAD", 1, 2)]
+)
+def test_downloadAsksAhead(monkeypatch, limit, nars, ahead):
+    """
+    NARs are requested before the ones before them have come, as far as the limits allow, and one in any case.
+    """
     joined = Copying()
     infos = add(joined.remote, makeClosure(50, size=1))
+    size = sum(info.narSize for info in infos[:nars])
+    monkeypatch.setattr(transfers, limit, nars if limit == "MAX_REQUESTED" else size)
+    monkeypatch.setattr(transfers, "SMALL", 0)
     copied = joined.begin(downloadClosure, infos[-1].path)
     for _ in range(3):
         joined.turn()
     joined.pair.clientSide.paused = True
     joined.pair.flush()
-    assert len(joined.dumped) - len(joined.progress.done) == 8
+    assert joined.progress.done and len(joined.dumped) - len(joined.progress.done) == ahead
     joined.pair.clientSide.paused = False
     joined.pair.flush()
+    assert timeless(result(copied).infos) == timeless(infos)
+
+
+def test_downloadWaitsForTheStore(monkeypatch):
+    """While the store here works on one NAR little of the next is taken; the remote has to wait with the rest."""
+    monkeypatch.setattr(transfers, "MAX_QUEUED", LARGE)
+    joined, manual = Copying(cut=5000), ManualWorkers()
+    infos = add(joined.remote, makeClosure(3, 3 * LARGE))
+    copied = copyClosure(
+        joined.client, DeferredSession(Door(manual), joined.session), [infos[-1].path], progress=joined.progress
+    )
+    while not joined.dumped:
+        manual.drain()
+        joined.turn()
+    joined.pair.flush()
+    assert joined.pair.clientSide.paused and joined.progress.bytes <= infos[0].narSize + LARGE + 5000
+    joined.pair.flush(manual.drain)
     assert timeless(result(copied).infos) == timeless(infos)
 
 
@@ -259,6 +282,36 @@ def test_manyUploads(monkeypatch):
     joined = Copying()
     infos = add(joined.local, makeClosure(50, size=1))
     assert timeless(joined.run(uploadClosure, infos[-1].path).infos) == timeless(infos)
+
+
+def test_uploadsUnderWay(monkeypatch):
+    """When the connection breaks everything that was not acknowledged has failed with it, and with nothing else."""
+    monkeypatch.setattr(transfers, "MAX_BATCH_PATHS", 1)
+    joined = Copying()
+    infos = add(joined.local, makeClosure(50, LARGE))
+    copied = joined.begin(uploadClosure, infos[-1].path)
+    joined.turn()
+    joined.pair.clientSide.paused = True
+    joined.pair.flush()
+    assert joined.calls["addToStore"] == transfers.MAX_BATCHES
+    joined.pair.lose()
+    with pytest.raises(RemoteError):
+        result(copied)
+
+
+@pytest.mark.parametrize("most", [4, 1])
+def test_smallOnesInParts(monkeypatch, most):
+    """Small paths are registered so many at once at most; what a turn has left out, for a lock, comes in the next."""
+    monkeypatch.setattr(transfers, "MAX_SMALL_BATCH", 4)
+    joined, manual, batches = Copying(), ManualWorkers(), []
+    infos = add(joined.remote, makeClosure(50, size=1))
+    addSmallPaths = joined.session.addSmallPaths
+    joined.session.addSmallPaths = lambda objects: batches.append(len(objects)) or addSmallPaths(objects[:most])
+    copied = copyClosure(joined.client, DeferredSession(Door(manual), joined.session), [infos[-1].path])
+    for _ in range(10):
+        joined.pair.flush(manual.drain)
+    assert timeless(result(copied).infos) == timeless(infos) == timeless(joined.valid(joined.local, infos))
+    assert max(batches) == 4
 
 
 def test_smallOnesTogether():
@@ -275,7 +328,7 @@ def test_smallOnesTogether():
 
 @BOTH
 def test_noClosure(copy):
-    """Without the closure only the path itself goes, where what it refers to is there; else that is said first."""
+    """Without the closure only the paths given go, where what they refer to is or goes too; else that is said first."""
     joined = Copying()
     source, target = sides(joined, copy)
     closure = makeClosure(3)
@@ -288,6 +341,39 @@ def test_noClosure(copy):
     add(source, closure)
     add(target, closure[:2])
     assert timeless(joined.run(copy, infos[2].path, closure=False).infos) == timeless(infos[2:])
+    assert joined.valid(target, infos) == infos
+    joined = Copying()
+    source, target = sides(joined, copy)
+    add(source, closure)
+    add(target, closure[:1])
+    both = [infos[2].path, infos[1].path]
+    assert timeless(joined.run(copy, *both, closure=False).infos) == timeless(infos[1:])
+    assert joined.valid(target, infos) == infos
+
+
+class Collector(Recorder):
+    """Has the collector of a store run exactly between question and copy."""
+
+    def __init__(self, store):
+        super().__init__()
+        self.store = store
+
+    def planned(self, infos, present):
+        super().planned(infos, present)
+        self.store.collectGarbage()
+
+
+@pytest.mark.parametrize("options", [{}, {"closure": False}])
+@BOTH
+def test_collectorBetween(copy, options):
+    """What the receiving store was found to have stays there, whatever its collector does before the copy."""
+    joined = Copying()
+    source, target = sides(joined, copy)
+    closure = makeClosure(3)
+    infos = add(source, closure)
+    add(target, closure[:2])
+    joined.progress = Collector(target)
+    assert timeless(joined.run(copy, infos[2].path, **options).infos) == timeless(infos[2:])
     assert joined.valid(target, infos) == infos
 
 
@@ -308,7 +394,7 @@ def test_dryRun(copy):
 
 
 def test_flags():
-    """Whether to substitute, and whether outputs belong to a closure, is passed on."""
+    """Whether to substitute, and whether outputs belong to a closure, is passed on; only a dry run does not lock."""
     joined = Copying()
     infos = add(joined.local, makeClosure(2))
     asked = []
@@ -316,8 +402,15 @@ def test_flags():
     joined.client.queryValidPaths = lambda paths, **flags: asked.append(flags) or query(paths, **flags)
     joined.client.queryClosure = lambda paths, outputs: asked.append(outputs) or closure(paths, outputs)
     joined.run(uploadClosure, infos[-1].path, substitute=True)
+    joined.run(uploadClosure, infos[-1].path, closure=False)
+    joined.run(uploadClosure, infos[-1].path, closure=False, substitute=True, dryRun=True)
     joined.run(downloadClosure, infos[-1].path, includeOutputs=True)
-    assert asked == [{"lock": True, "substitute": True}, {"lock": True}, True]
+    assert asked == [
+        {"lock": True, "substitute": True},
+        {"lock": True, "substitute": False},
+        {"lock": False, "substitute": True},
+        *({"lock": True}, True),
+    ]
 
 
 def test_oldServer():
@@ -399,6 +492,27 @@ def test_tooLong():
     with pytest.raises((StoreError, RemoteError), match="size mismatch importing path"):
         joined.run(downloadClosure, wrong.path)
     assert joined.pair.clientSide.aborted
+    # Nothing beyond what was announced has been kept.
+    assert joined.progress.bytes <= infos[0].narSize + wrong.narSize
+
+
+@pytest.mark.parametrize("difference", [-8, 8])
+@pytest.mark.parametrize("position", [0, 1])
+def test_changedHere(difference, position):
+    """
+    A NAR that has not the size that is registered for it is never sent as if it were the next path's: the error names
+    the path, of what was sent before it some may be there, and no byte goes beyond what is registered.
+    """
+    joined = Copying()
+    closure = makeClosure(2)
+    infos = add(joined.local, closure)
+    wrong = replace(infos[position], narSize=infos[position].narSize + difference)
+    joined.local._objects[wrong.path] = replace(joined.local._objects[wrong.path], info=wrong)
+    with pytest.raises(StoreError, match=f"'{wrong.path}' has changed since it was registered"):
+        joined.run(uploadClosure, infos[-1].path)
+    valid = joined.valid(joined.remote, infos)
+    assert valid == infos[: len(valid)] and len(valid) <= position
+    assert joined.progress.bytes <= sum(info.narSize for info in [*infos[:position], wrong])
 
 
 @BOTH

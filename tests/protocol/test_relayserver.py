@@ -16,6 +16,7 @@ from nixserve.protocol import relay
 from nixserve.protocol.policy import READ_ONLY
 from nixserve.protocol.relay import RelayFactory
 from nixserve.protocol.sessions import ServeSessions
+from nixserve.protocol.stdio import MAX_ERROR_BUFFER
 from nixserve.protocol.workers import Workers
 from tests.protocol.fakes import RecordingStore
 from tests.vectors.serve.messages import CLIENT_MAGIC, SERVER_MAGIC, ZEROS, captured, wire
@@ -222,6 +223,22 @@ def test_relayThatReadsNothing(service):
         lambda: (sock.shutdown(socket.SHUT_WR), collected(readFrames(sock)))[1]
     )
     assert len(output) == len(ANSWER) + 400 * 256 * 1024 and (errors, status) == (b"", 0)
+    sock.close()
+
+
+@pytest_twisted.inlineCallbacks
+def test_errorsThatNobodyReads(service):
+    """What is said to such a relay on standard error is dropped beyond a bound; the exit status is not."""
+    sock = service.connect()
+    sock.sendall(HEADER)
+    while not len(service.sessions):
+        yield deferLater(reactor, 0.01, lambda: None)
+    (server,) = service.sessions._running
+    for _ in range(100):
+        server.transport.writeError(bytes(MAX_ERROR_BUFFER))
+    server.stop()
+    _, errors, status = yield deferToThread(lambda: collected(readFrames(sock)))
+    assert MAX_ERROR_BUFFER <= len(errors) < 20 * MAX_ERROR_BUFFER and status == 1
     sock.close()
 
 

@@ -3,7 +3,8 @@
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
-from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.builder.resolution import upstreamPlaceholder
+from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, drvPathOf, outputPaths, unparse
 from nixserve.codec.hashes import hashBytes
@@ -12,6 +13,7 @@ from nixserve.codec.nar import regularEnd, regularStart
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import BuildError, FormatError, StoreError
+from nixserve.protocol.copying import CopyProgress
 from nixserve.protocol.remotebuild import buildRemotely, planRemoteBuild
 from nixserve.store.memory import MemoryStore
 from nixserve.testing import Built, Joined, addObject, buildTrees, makeInfo, makeNar
@@ -46,9 +48,7 @@ class Farm:
     def add(self, store, name):
         """A source in a store."""
         nar = makeNar(name.encode())
-        info = makeInfo(name, nar)
-        addObject(store.openSession(), info, nar)
-        return info.path
+        return put(store, makeInfo(name, nar), nar)
 
     def derivation(self, name, inputs=(), sources=(), outputs=("out",)):
         """
@@ -62,26 +62,27 @@ class Farm:
             ("-c", ":"), dict.fromkeys(outputs, ""), inputDrvs,
         )  # fmt: skip
         paths = outputPaths(bare, self.drvs.__getitem__, STORE_DIR, {})
-        drv = Derivation(
+        return self.write(Derivation(
             name, {output: DerivationOutput(path) for output, path in paths.items()}, bare.inputSrcs, bare.platform,
             bare.builder, bare.args, dict(paths), inputDrvs,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+    def write(self, drv):
+        """A .drv in the store here, as it is."""
         text = unparse(drv)
         nar = regularStart(b"", False, len(text)) + text + regularEnd(b"", len(text))
         path = drvPathOf(drv, STORE_DIR)
         ca = ContentAddress(ContentAddressMethod.TEXT, hashBytes("sha256", text))
-        references = frozenset(inputDrvs) | drv.inputSrcs
+        references = frozenset(drv.inputDrvs) | drv.inputSrcs
         info = ValidPathInfo(path, hashBytes("sha256", nar), len(nar), references, ca=ca)
-        addObject(self.local.openSession(), info, nar)
         self.drvs[path] = drv
-        return path
+        return put(self.local, info, nar)
 
     def output(self, store, drvPath, name="out"):
         """Make an output valid without building it."""
         path = self.drvs[drvPath].outputs[name].path
         nar = makeNar(path.name.encode())
-        addObject(store.openSession(), makeInfo(path.name, nar, path=path, deriver=drvPath), nar)
-        return path
+        return put(store, makeInfo(path.name, nar, path=path, deriver=drvPath), nar)
 
     def build(self, drv, **options):
         """Build, to the end."""
@@ -90,6 +91,14 @@ class Farm:
     def valid(self, store, *paths):
         """Are they?"""
         return store.openSession().queryValidPaths(paths) == set(paths)
+
+
+def put(store, info, nar):
+    """Make a path valid, which nothing keeps from the collector then."""
+    session = store.openSession()
+    addObject(session, info, nar)
+    session.close()
+    return info.path
 
 
 def names(infos):
@@ -176,6 +185,29 @@ def test_derivationsThatAreInNoStore():
     assert farm.build(value).result.success
 
 
+def test_pathsThatTheBuildTells():
+    """Where the path of an output is not known before, it is what the build of it says, for whoever uses it too."""
+    farm = Farm()
+    floating = {"out": DerivationOutput(None, "r:sha256")}
+    low = farm.write(Derivation("low", floating, frozenset(), "x86_64-linux", "/bin/sh", (), {"out": ""}, {}))
+    placeholder = upstreamPlaceholder(low, "out")
+    top = farm.write(
+        Derivation(
+            "top", floating, frozenset(), "x86_64-linux", "/bin/sh", (placeholder,), {}, {low: frozenset(["out"])}
+        )
+    )
+    nars = {name: makeNar(name.encode()) for name in ("low", "top")}
+    infos = {name: makeInfo(name, nar) for name, nar in nars.items()}
+    for name, info in infos.items():
+        success = BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(info.path)})
+        farm.answers[name] = Built(success, [(info, nars[name])])
+    begun = []
+    build = farm.build(top, onBuild=begun.append)
+    assert farm.built == [("low", set()), ("top", {"low"})]
+    assert begun[0] == low and begun[1] != top and build.drvPath == top
+    assert build.outputs == {"out": infos["top"].path} and names(build.fetched.infos) == {"top"}
+
+
 def test_missingSource():
     """An input that is nowhere is an error that names it and who wants it."""
     farm = Farm()
@@ -232,14 +264,65 @@ def test_cancel():
     assert cancelled and farm.joined.server.ended.called
 
 
+class Collector(CopyProgress):
+    """Has collectors run whenever it is known what is to be copied."""
+
+    def __init__(self, *stores):
+        self.stores = stores
+
+    def planned(self, infos, present):
+        """See L{CopyProgress}."""
+        self.run()
+
+    def run(self):
+        """Whatever is no root, nor something's that is, goes."""
+        for store in self.stores:
+            store.collectGarbage()
+
+
 def test_rootsOnBothSides():
     """What is used stays on both sides until the sessions end: the inputs here, inputs and outputs there."""
     farm = Farm()
-    source = farm.add(farm.local, "source")
-    build = farm.build(farm.derivation("top", sources=[source]))
-    farm.remote.collectGarbage()
-    farm.local.collectGarbage()
-    assert farm.valid(farm.remote, source, *build.outputs.values()) and farm.valid(farm.local, source)
+    source, there = farm.add(farm.local, "source"), farm.add(farm.local, "there")
+    assert farm.add(farm.remote, "there") == there
+    low = farm.derivation("low")
+    farm.output(farm.local, low)
+    top = farm.derivation("top", [(low, ["out"])], [source, there])
+    inputs = {source, farm.drvs[low].outputs["out"].path}
+    collector = Collector(farm.local, farm.remote)
+    build = farm.build(top, progress=collector, onBuild=lambda drvPath: collector.run())
+    assert build.result.success and {info.path for info in build.sent.infos} == inputs
+    collector.run()
+    outputs = build.outputs.values()
+    assert farm.valid(farm.remote, there, *inputs, *outputs) and farm.valid(farm.local, *inputs, *outputs)
     farm.joined.result(farm.client.close())
-    farm.remote.collectGarbage()
-    assert not farm.remote.openSession().queryValidPaths([source, *build.outputs.values()])
+    farm.joined.result(farm.here.close())
+    collector.run()
+    for store in (farm.local, farm.remote):
+        assert not store.openSession().queryValidPaths([there, *inputs, *outputs])
+
+
+def test_questionsLock():
+    """Whatever the remote is asked about stays there, and may be fetched from its substituters if that is wanted."""
+    farm = Farm()
+    low = farm.derivation("low", sources=[farm.add(farm.local, "source")])
+    top = farm.derivation("top", [(low, ["out"])])
+    asked, query = [], farm.client.queryValidPaths
+
+    def queryValidPaths(paths, lock=False, substitute=False):
+        asked.append((lock, substitute))
+        return query(paths, lock, substitute)
+
+    farm.client.queryValidPaths = queryValidPaths
+    farm.build(top, substitute=True)
+    # The outputs, the inputs of both derivations, what is to be sent; what is fetched, which is there.
+    assert asked == [(True, True)] * 4 + [(True, False)]
+
+
+def test_planTakesNothing():
+    """A plan makes nothing a root here: a store that is only read takes none."""
+    farm = Farm()
+    source = farm.add(farm.local, "source")
+    farm.joined.result(planRemoteBuild(farm.client, farm.derivation("top", sources=[source]), farm.here))
+    farm.local.collectGarbage()
+    assert not farm.valid(farm.local, source)

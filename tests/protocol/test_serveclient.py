@@ -10,7 +10,7 @@ from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.messages import BuildDerivation, BuildOptions, BuildPaths, BuildPathsResult, Command
 from nixserve.codec.serve import writeReply, writeRequest
 from nixserve.errors import LocalProtocolError, NixServeError, RemoteError
-from nixserve.protocol.client import MAX_REMOTE_ERROR, ServeClient
+from nixserve.protocol.client import MAX_REMOTE_ERROR, MAX_SAID_LINES, ServeClient
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY
 from nixserve.protocol.workers import Door
 from tests.protocol.fakes import (
@@ -302,7 +302,7 @@ def alone():
 
 
 def test_textInsteadOfHello():
-    """What a login shell says is in the error, and the connection is aborted."""
+    """What a login shell says is in the error, and the connection is aborted; what comes then is not kept."""
     client, transport = alone()
     request = client.queryValidPaths([])
     client.dataReceived(b"This account is currently not available.\n")
@@ -310,7 +310,9 @@ def test_textInsteadOfHello():
         with pytest.raises(RemoteError, match="protocol mismatch, got b'This account"):
             result(deferred)
     assert transport.aborted
+    buffered = client._connection.buffered
     client.dataReceived(b"more")
+    assert client._connection.buffered == buffered
     client.connectionLost(Failure(ConnectionDone()))
 
 
@@ -325,14 +327,26 @@ def test_errorTextExplains():
 
 
 def test_errorTextIsBounded():
-    """Of much that was said the end is kept."""
+    """Of much that was said the end is kept, of which an error shows the last lines."""
     client, _ = alone()
     for n in range(10_000):
         client.errorReceived(b"line %d\n" % n)
     client.connectionLost()
     with pytest.raises(RemoteError) as caught:
         result(client.ready)
-    assert str(caught.value).endswith("line 9999") and len(str(caught.value)) <= MAX_REMOTE_ERROR + 50
+    assert caught.value.said.splitlines() == [f"line {n}" for n in range(10_000 - MAX_SAID_LINES, 10_000)]
+    assert str(caught.value) == f"the remote said: {caught.value.said}"
+
+
+def test_errorTextWithoutLinesIsBounded():
+    """Much that was said in one line is cut."""
+    client, _ = alone()
+    for _ in range(10):
+        client.errorReceived(b"x" * MAX_REMOTE_ERROR)
+    client.connectionLost()
+    with pytest.raises(RemoteError) as caught:
+        result(client.ready)
+    assert caught.value.said == "x" * MAX_REMOTE_ERROR
 
 
 def test_errorTextMayBeAnyBytes():

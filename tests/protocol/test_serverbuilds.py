@@ -305,6 +305,7 @@ def test_eofBefore(body):
     session.server._eof = True
     session.send(body).ended(1, INTERRUPTED)
     assert session.world.builder.ran in ([], [pathOf("x")])
+    assert all(build.token.cancelled for build in session.world.threads.running)
 
 
 def test_connectionLost():

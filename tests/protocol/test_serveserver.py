@@ -1022,6 +1022,29 @@ def test_lostConnectionStopsPipelinedRequests():
     assert session.store.names() == ["openSession", "addTempRoots", "queryValidPaths", "close"]
 
 
+def test_bytesAfterTheEnd():
+    """What comes after a refusal is neither kept nor in the way of the end."""
+    session = sessionOf(policy=READ_ONLY).send(HELLO + addRequest(APP))
+    session.send(*[bytes(64 * 1024)] * 32)
+    assert session.server._connection.buffered < 64 * 1024 and not session.transport.paused
+    session.ended(1, "error: importing paths is not allowed\n")
+
+
+@pytest.mark.parametrize("working", [True, False])
+def test_interruptsTheStore(working):
+    """A call that waits for somebody far away is told when the session ends; a session at rest need not be told."""
+    session, interrupted = sessionOf(LIB, workers=ManualWorkers()).drain(), []
+    session.store.sessions[0].interrupt = lambda: interrupted.append(1)
+    session.send(HELLO + wire(1, 0, 0, [LIB.path]))
+    if not working:
+        session.drain()
+    arrive = session.workers.run() if working else lambda: None
+    session.lose()
+    assert interrupted == [1] * working
+    arrive()
+    session.drain().ended(1)
+
+
 def test_closingFails(logged):
     """If the store cannot free the session, the log says so, and the session has ended."""
     session = Session()

@@ -16,7 +16,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.protocol import Factory, Protocol
 
-from nixserve.codec.relay import Frame, encodeFrame
+from nixserve.codec.relay import Frame, RelayHeader, encodeFrame
 from nixserve.errors import UsageError
 from nixserve.remote import connecting
 from nixserve.remote.address import RemoteAddress
@@ -97,6 +97,13 @@ async def test_childFails(script, expected):
     """Whatever a child does instead of answering."""
     text = await failing(child(script), timeoutSeconds=0.5 if "no answer" in expected else 10)
     assert text.startswith("ssh://localhost: ") and expected in text
+
+
+@pytest_twisted.ensureDeferred
+async def test_muchOutput():
+    """Of what comes in place of the protocol the beginning is enough."""
+    text = await failing(child(f"os.write(1, b'a' * {connecting.MAX_EVIDENCE} + b'b' * 99); time.sleep(60)"))
+    assert "aaaa'" in text and "bbb" not in text
 
 
 @pytest_twisted.ensureDeferred
@@ -316,6 +323,17 @@ async def test_otherSockets(listen, answer, lose, expected):
     url = await listen(answer, lose)
     text = await failing(url, timeoutSeconds=5 if lose else 0.5)
     assert text.startswith("unix:///") and expected in text
+
+
+@pytest.mark.parametrize(("write", "rights"), [(True, "read,write,build,trust"), (False, "read")])
+@pytest_twisted.ensureDeferred
+async def test_rightsAskedFor(tmp_path, write, rights):
+    """A service is asked for no more rights than are needed."""
+    other = Other(b"", True)
+    port = await UNIXServerEndpoint(reactor, str(tmp_path / "s")).listen(Factory.forProtocol(lambda: other))
+    await failing(f"unix://{tmp_path}/s", write=write)
+    assert other.heard.startswith(RelayHeader(rights).encode())
+    await port.stopListening()
 
 
 @pytest_twisted.ensureDeferred

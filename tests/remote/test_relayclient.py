@@ -138,3 +138,12 @@ def test_input(relay):
     transport.writeError(b"dropped")
     transport.exit(0)
     assert transport.transport.halfClosed and transport.transport.value() == b"abc" and not recorder.reasons
+
+
+def test_inputAfterTheEnd(relay):
+    """A socket that is gone has no input to be ended: who closes a session that is lost does no harm."""
+    _, transport = relay
+    transport.connectionLost(LOST)
+    transport.transport.connected = False
+    transport.loseConnection()
+    assert not transport.transport.halfClosed

@@ -396,6 +396,18 @@ async def test_remoteDiesInStream(far, remote, session):
 
 
 @pytest_twisted.ensureDeferred
+async def test_remoteDiesIdle(far, remote, session):
+    """A session that was kept for further transfers and has ended meanwhile is replaced."""
+    info = far.add("x", b"x")
+    for _ in range(2):
+        assert await inThread(lambda: b"".join(session.narFromPath(info.path))) == makeNar(b"x")
+        await pause()
+        assert remote.alive[-1]
+        remote.joined[-1].cut()
+    assert remote.alive[0] and not any(remote.alive[1:])
+
+
+@pytest_twisted.ensureDeferred
 async def test_cannotConnect(far, remote, session):
     """Why there is no session is said; the next call tries again, as nothing was kept yet."""
     info = far.add("x", b"")

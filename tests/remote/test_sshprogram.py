@@ -1,5 +1,6 @@
 """The arguments of the system's ssh, and what a program in its place is started with."""
 
+import fcntl
 import json
 import os
 import sys
@@ -10,12 +11,15 @@ import pytest_twisted
 from twisted.internet import reactor
 
 from nixserve.errors import UsageError
+from nixserve.remote import master as masterModule
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
 from nixserve.remote.failures import CannotConnect
+from nixserve.remote.localfiles import PrivateFile
 from nixserve.remote.master import SSHMaster
 from nixserve.remote.openssh import sshArguments, sshEnvironment
 from tests.remote.hostkeys import KEY, encoded
+from tests.ssh.support import sleep, within
 
 ALWAYS = ["-x", "-a", "-T", "-oControlMaster=no", "-oClearAllForwardings=yes", "-oRemoteCommand=none"]
 ALONE = ["-oServerAliveInterval=15", "-S", "none", "--"]
@@ -80,7 +84,8 @@ import json, os, sys
 known = [word for word in sys.argv if word.startswith("-oUserKnownHostsFile")]
 lines = [open(word.partition("=")[2].strip('"')).read() for word in known]
 with open({record!r}, "a") as stream:
-    json.dump({{"argv": sys.argv[1:], "shell": os.environ.get("SHELL"), "known": lines}}, stream)
+    socket = os.path.exists(sys.argv[sys.argv.index("-S") + 1])
+    json.dump({{"argv": sys.argv[1:], "shell": os.environ.get("SHELL"), "known": lines, "socket": socket}}, stream)
     stream.write("\\n")
 if "check" in sys.argv: sys.exit({check})
 if "-f" in sys.argv: sys.exit(0)
@@ -153,6 +158,63 @@ async def test_masterThatRuns(tmp_path):
     assert [call["argv"][:2] for call in fake.calls()] == [["-O", "check"]] * 2
 
 
+@pytest_twisted.ensureDeferred
+async def test_deadMaster(tmp_path):
+    """The socket of one that was killed is out of the way before another is started."""
+    fake = FakeSSH(tmp_path)
+    master = SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(tmp_path / "d"))
+    (tmp_path / "d").mkdir(0o700)
+    Path(master.controlPath).touch()
+    await master.start()
+    assert [(call["argv"][0], call["socket"]) for call in fake.calls()] == [("-O", True), ("-f", False)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_hangingMaster(tmp_path, monkeypatch):
+    """One that does not answer is as good as dead."""
+    monkeypatch.setattr(masterModule, "ANSWER_SECONDS", 0.3)
+    fake = FakeSSH(tmp_path, check="__import__('time').sleep(60)")
+    master = SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(tmp_path / "d"))
+    await within(reactor, 10, master.start())
+    assert [call["argv"][0] for call in fake.calls()] == ["-O", "-f"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_oneStarts(tmp_path):
+    """
+    Of processes that share a directory one starts a master at a time; the directory stays when one of them stops it.
+    """
+    fake = FakeSSH(tmp_path)
+    directory = tmp_path / "d"
+    master = SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(directory))
+    directory.mkdir(0o700)
+    with open(f"{master.controlPath}.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        starting = master.start()
+        await sleep(reactor, 0.3)
+        assert not fake.record.exists()
+    await within(reactor, 10, starting)
+    assert [call["argv"][0] for call in fake.calls()] == ["-O", "-f"]
+    with open(f"{master.controlPath}.lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    await master.stop()
+    assert directory.exists()
+
+
+@pytest_twisted.ensureDeferred
+async def test_modes(tmp_path):
+    """What a master needs is made for this user alone."""
+    fake = FakeSSH(tmp_path)
+    master = SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(tmp_path / "d"))
+    before = os.umask(0)
+    try:
+        await master.start()
+    finally:
+        os.umask(before)
+    (lock,) = (tmp_path / "d").iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (lock, lock.parent)] == [0o600, 0o700]
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
@@ -188,3 +250,29 @@ async def test_openDirectory(tmp_path):
     master = SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(tmp_path))
     with pytest.raises(CannotConnect, match="is open to others; chmod 700 it"):
         await master.start()
+
+
+@pytest_twisted.ensureDeferred
+async def test_directoryOfOthers(tmp_path, monkeypatch):
+    """Nor may they own the directory that it lies in."""
+    fake = FakeSSH(tmp_path)
+    (tmp_path / "d").mkdir(0o700)
+    master = SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(tmp_path / "d"))
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(CannotConnect, match="is open to others"):
+        await master.start()
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+def test_privateFile(tmp_path):
+    """Others cannot get at it, whatever the umask, and nothing is left of it."""
+    file = PrivateFile({"TMPDIR": str(tmp_path)}, "x")
+    before = os.umask(0)
+    try:
+        file.write("secret")
+    finally:
+        os.umask(before)
+    assert Path(file.path).read_text() == "secret" and Path(file.path).parent.stat().st_mode & 0o777 == 0o700
+    file.remove()
+    file.remove()
+    assert list(tmp_path.iterdir()) == []
