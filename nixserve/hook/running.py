@@ -12,6 +12,7 @@ Order of what is held: slot, session there, roots here, claims. Whatever ends th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ class HookRun:
                 self._replies.write(self._pipes.acceptance(connected.taken.machine))
                 return await self._build(question, connected)
             self._refuse(question, connected)
-            event = await self._nextEvent() if connected is not Refusal.DECLINE_PERMANENTLY else None
+            event = await self._nextEvent()
             if not isinstance(event, BuildQuestion):
                 return 0
             question = event
@@ -412,6 +413,9 @@ def _reasonOf(error: NixServeError) -> str:
     """Why a machine does not work, in one line that is the same for all builds."""
     text = str(error)
     if isinstance(error, RemoteFailure) and error.path is not None:
-        # What it said last may be the log of the build.
-        text = f"{error.name}: the session was lost: {error.why}"
+        said = re.sub(f"'[^']*{re.escape(error.path.baseName)}[^']*'", "a path", error.said)
+        if error.about.startswith("building"):
+            # It may be the log.
+            said = ""
+        text = f"{error.name}: the session was lost: {said or error.why}"
     return oneLine(text.encode("utf-8", "surrogateescape"))

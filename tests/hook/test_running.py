@@ -504,9 +504,11 @@ async def test_lost(nix):
 async def test_lostWhileSending(nix):
     """A machine that does not take the input is lost as well, and others may send the path there."""
     lost, m = await nix.machine(), await nix.machine()
-    lost.store.fail("addSmallPaths", StoreError("the disk is full"))
+    lost.store.fail("addSmallPaths", StoreError(f"the disk for '{nix.source}' is full"))
     assert await nix.start([best(lost.uri), m.uri]) == 0
-    assert b"the disk is full" in nix.log and lost.builds.asked == []
+    reason = f"{lost.uri}: the session was lost: error: the disk for a path is full"
+    assert reason.encode() in nix.log and lost.builds.asked == []
+    assert f"warning: build machine {lost.uri} is put aside: {reason}" in nix.messages
     with Claims(f"{nix.directory}/claims", machine(lost.uri)) as claims:
         claims.check(nix.source)
     assert nix.load == [0, 1] and not nix.unended
