@@ -176,6 +176,39 @@ def test_interrupt(nix, farm, number, share):
     assertNothingLeft(farm)
 
 
+@pytest.fixture
+def daemon(nix, farm):
+    """
+    A nix-daemon with our hook on the farm's store.
+
+    @return: what its clients have as C{NIX_REMOTE}.
+    """
+    socket = farm.directory / "socket"
+    config = f"{farm.environment()['NIX_CONFIG']}store = {farm.root}\nbuild-hook = {ourProgram('nixserve-hook')}\n"
+    environment = farm.environment(NIX_DAEMON_SOCKET_PATH=str(socket), NIX_REMOTE="", NIX_CONFIG=config)
+    process = nix.start("nix-daemon", environment=environment, stderr=-3)
+    until(socket.exists, 10)
+    yield f"unix://{socket}?root={farm.root}"
+    process.kill()
+    process.wait()
+
+
+def test_daemon(nix, farm, daemon):
+    """A nix-daemon builds through the hook for its clients, who need no keys; and when they are gone, no more."""
+    farm.endpoint("x86_64-linux - 2 1"), farm.stock("x86_64-linux - 2 1")
+    command = farm.command(write(farm, "many.nix", MANY), hook="the daemon's")
+    done = nix.run(*command, *arguments(count=8), store=daemon)
+    assert len(done.stdout.split()) == 8
+    assert all(len(builtHere(machine.root)) >= 2 for machine in farm.machines)
+    client = nix.start(*command, *arguments(count=8, sleep="61.75"), store=daemon, stderr=-3)
+    until(lambda: len(sleeping("61.75")) == 4, 20)
+    client.kill()
+    client.wait()
+    until(lambda: not sleeping("61.75"), 10)
+    assertNothingLeft(farm)
+    assertVerified(nix, farm.root)
+
+
 def sleeping(seconds):
     """The builds that sleep for so long."""
     return [line for line in processes(seconds).values() if line.startswith("sleep ")]
