@@ -110,7 +110,7 @@ class _Hook:
             Slots(layout.stateDir),
             Aside(f"{state}/aside", run, time.time),
             LastSeen(f"{state}/seen", time.time),
-            Queue(f"{state}/queue"),
+            Queue(f"{state}/queue", layout.stateDir),
             since,
             time.time,
         )

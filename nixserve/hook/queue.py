@@ -58,11 +58,13 @@ class Queue:
     The places.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, stateDir: str) -> None:
         """
         @param directory: for the files; made when it is needed.
+        @param stateDir: the state directory of Nix's store, which has slots of its own for each machine.
         """
         self._directory = directory
+        self._stateDir = stateDir
 
     def take(self, machines: Sequence[Machine]) -> Ticket | None:
         """
@@ -70,8 +72,8 @@ class Queue:
         @return: C{None} if all places are taken.
         @raise StoreError: the file system refuses.
         """
-        names = "\0".join(sorted(machine.uri for machine in machines))
-        turn = f"{self._directory}/turn-{hashlib.sha256(names.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+        waitedFor = "\0".join([self._stateDir, *sorted(machine.uri for machine in machines)])
+        turn = f"{self._directory}/turn-{hashlib.sha256(os.fsencode(waitedFor)).hexdigest()[:16]}"
         slots = sum(machine.maxJobs for machine in machines)
         with fileSystemErrors(f"cannot use the directory '{self._directory}'"):
             os.makedirs(self._directory, mode=0o700, exist_ok=True)

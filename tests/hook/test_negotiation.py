@@ -47,7 +47,7 @@ class Bench:
             Slots(str(self._directory)),
             Aside(f"{self._directory}/aside", run, lambda: self.now),
             LastSeen(f"{self._directory}/seen", lambda: self.now),
-            Queue(f"{self._directory}/queue"),
+            Queue(f"{self._directory}/queue", str(self._directory)),
             since,
             lambda: self.now,
         )

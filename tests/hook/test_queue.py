@@ -17,7 +17,7 @@ ONE = [machine("ssh://h1 - - 1")]
 @pytest.fixture
 def queue(tmp_path):
     """An empty one."""
-    return Queue(str(tmp_path / "queue"))
+    return Queue(str(tmp_path / "queue"), "/nix/var/nix")
 
 
 def inBackground(function):
@@ -72,11 +72,19 @@ def test_otherMachines(queue):
     same.leave()
 
 
+def test_otherStores(queue, tmp_path):
+    """Another store has other slots on the same machines."""
+    ours = queue.take(ONE)
+    ours.waitForTurn()
+    assert inBackground(Queue(str(tmp_path / "queue"), "/elsewhere").take(ONE).waitForTurn).wait(5)
+    ours.leave()
+
+
 def test_processEnds(queue, tmp_path):
     """The end of a process, however it ends, frees its place and its turn."""
     code = (
         "import sys; from nixserve.hook.queue import Queue; from tests.hook.hooksupport import machine;"
-        "ticket = Queue(sys.argv[1]).take([machine('ssh://h1 - - 1')]); ticket.waitForTurn()"
+        "ticket = Queue(sys.argv[1], '/nix/var/nix').take([machine('ssh://h1 - - 1')]); ticket.waitForTurn()"
     )
     with otherProcess(code, tmp_path / "queue"):
         tickets = [queue.take(ONE) for _ in range(WAITING_PER_SLOT)]
@@ -95,4 +103,4 @@ def test_private(queue, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
     os.symlink("/etc/passwd", tmp_path / "other")
     with pytest.raises(StoreError, match=f"cannot use the directory '{tmp_path}/other'"):
-        Queue(str(tmp_path / "other")).take(ONE)
+        Queue(str(tmp_path / "other"), "/nix/var/nix").take(ONE)
