@@ -43,7 +43,7 @@ def socketDirectory(state: str, name: str) -> str:
     directory = f"{state}/{name}"
     if len(os.fsencode(directory)) <= _MAX_SOCKET_DIRECTORY:
         return directory
-    # Imported late, and without hashlib in front of it: that loads OpenSSL.
-    from _blake2 import blake2b
+    # Imported late: it loads OpenSSL.
+    import hashlib
 
-    return f"/tmp/nixserve-{os.geteuid()}-{blake2b(os.fsencode(directory), digest_size=8).hexdigest()}"
+    return f"/tmp/nixserve-{os.geteuid()}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"

@@ -10,6 +10,7 @@ import re
 import signal
 import sqlite3
 import threading
+import time
 
 import pytest
 
@@ -174,6 +175,27 @@ def test_interrupt(nix, farm, number, share):
     process.wait(20)
     until(lambda: not sleeping("61.25"), 10)
     assertNothingLeft(farm)
+
+
+@pytest.mark.soak
+def test_interruptAnywhere(nix, farm):
+    """Ctrl-C or sudden death at any moment leaves nothing behind, and the next run does what is left."""
+    farm.endpoint("x86_64-linux - 2 1"), farm.stock("x86_64-linux - 2 1")
+    nix.run("nix-store", "--init", store=farm.root)
+    expression = write(farm, "many.nix", MANY)
+    rng = random.Random(1)
+    for number in range(100):
+        command = farm.command(expression, *arguments(count=12, sleep="0.0625", salt=number))
+        process = nix.start(*command, store=farm.root, environment=farm.environment(), stderr=-3, stdout=-3)
+        time.sleep(rng.uniform(0, 1.2))
+        process.send_signal(rng.choice([signal.SIGINT, signal.SIGKILL, signal.SIGTERM]))
+        process.wait(20)
+        until(lambda: not sleeping("0.0625"), 10)
+        assertNothingLeft(farm)
+        if number % 10 == 0:
+            done = farm.build(expression, *arguments(count=12, sleep="0.0625", salt=number))
+            assert done.status == 0, done.said
+            assertVerified(nix, farm.root)
 
 
 @pytest.fixture
