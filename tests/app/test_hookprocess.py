@@ -5,6 +5,7 @@ for each build. Nix is the test, or a process that it starts.
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nixserve.app import hookentry
+from nixserve.app import hookentry, statedirs
 from nixserve.codec.wire import encodeString, encodeU64
 from tests.hook.hooksupport import otherProcess
 from tests.interop.watching import until
@@ -269,6 +270,22 @@ def test_openToOthers(nix):
     (nix.state / "preloaded").chmod(0o770)
     assert nix.ask(nix.start()) == b"# decline-permanently\n"
     assert nix.loaded() == []
+
+
+def test_longPath(nix):
+    """Where a path is too long for sockets, a private directory stands for it."""
+    nix.state = nix.state / ("x" * 80)
+    nix.environ["NIXSERVE_HOOK_STATE"] = str(nix.state)
+    directory = Path(statedirs.socketDirectory(str(nix.state), "preloaded"))
+    assert len(str(directory)) < 70 and directory.parent == Path("/tmp")
+    try:
+        process = nix.start()
+        assert nix.ask(process) == b"# decline-permanently\n" and process.wait(10) == 0
+        assert directory.stat().st_mode & 0o777 == 0o700
+        (loaded,) = (pid for pid in pids() if f"{directory}/" in commandLine(pid))
+        os.kill(loaded, signal.SIGKILL)
+    finally:
+        shutil.rmtree(directory)
 
 
 def test_silent(nix, monkeypatch):
