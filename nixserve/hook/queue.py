@@ -1,9 +1,10 @@
 """
 Builds that were accepted while all slots were busy: a queue, shared by a user's build hooks.
 
-The state directory has a file for each place and one for each set of machines that is waited for; whoever holds the
-C{flock(2)} of a file has the place, or the turn, so it is free again when the process ends. Only who has the turn looks
-for a slot. The system gives it to whoever has waited longest for it.
+Whoever waits for the same machines, for slots of the same store, stands in one line. The state directory has files for
+the places in each line and its turn, and for the places of all lines; whoever holds the C{flock(2)} of a file has the
+place, or the turn, so it is free again when the process ends. Only who has the turn looks for a slot. A build that is
+only being asked about looks as well, and may be before all of them.
 """
 
 from __future__ import annotations
@@ -16,25 +17,28 @@ from collections.abc import Sequence
 from nixserve.hook.machines import Machine
 from nixserve.store.opening import fileSystemErrors
 
-__all__ = ["MAX_WAITING", "WAITING_PER_SLOT", "Queue", "Ticket"]
+__all__ = ["MAX_WAITING", "MAX_WAITING_IN_ALL", "WAITING_PER_SLOT", "Queue", "Ticket"]
 
 WAITING_PER_SLOT = 8
 """Builds that wait for each slot at most. A Nix that was told to wait asks again only every 5 seconds, whatever ends
 meanwhile: so a slot stays idle if its builds take less than 5/8 seconds."""
 
-MAX_WAITING = 64
-"""Builds that wait at a time: each is a process, of some 10 MiB."""
+MAX_WAITING = 32
+"""Builds that wait in one line."""
+
+MAX_WAITING_IN_ALL = 128
+"""Builds that wait at a time. Each is two processes, of some 8 MiB together."""
 
 
 class Ticket:
     """A place, until L{leave} or the end of the process."""
 
-    def __init__(self, place: int, turn: str) -> None:
+    def __init__(self, places: Sequence[int], turn: str) -> None:
         """
-        @param place: the descriptor of its file.
+        @param places: the descriptors of their files.
         @param turn: the path of the turn's file.
         """
-        self._fds = [place]
+        self._fds = list(places)
         self._turn = turn
 
     def waitForTurn(self) -> None:
@@ -73,18 +77,32 @@ class Queue:
         @raise StoreError: the file system refuses.
         """
         waitedFor = "\0".join([self._stateDir, *sorted(machine.uri for machine in machines)])
-        turn = f"{self._directory}/turn-{hashlib.sha256(os.fsencode(waitedFor)).hexdigest()[:16]}"
+        line = f"{self._directory}/{hashlib.sha256(os.fsencode(waitedFor)).hexdigest()[:16]}"
         slots = sum(machine.maxJobs for machine in machines)
         with fileSystemErrors(f"cannot use the directory '{self._directory}'"):
             os.makedirs(self._directory, mode=0o700, exist_ok=True)
-            for number in range(min(slots * WAITING_PER_SLOT, MAX_WAITING)):
-                fd = _open(f"{self._directory}/{number}")
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return Ticket(fd, turn)
-                except BlockingIOError:
-                    os.close(fd)
-        return None
+            place = _takeOne(f"{line}-", min(slots * WAITING_PER_SLOT, MAX_WAITING))
+            if place is None:
+                return None
+            ofAll = _takeOne(f"{self._directory}/all-", MAX_WAITING_IN_ALL)
+            if ofAll is None:
+                os.close(place)
+                return None
+        return Ticket([place, ofAll], f"{line}-turn")
+
+
+def _takeOne(prefix: str, count: int) -> int | None:
+    """
+    @return: the descriptor of the first of so many files whose lock was free.
+    """
+    for number in range(count):
+        fd = _open(f"{prefix}{number}")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            os.close(fd)
+    return None
 
 
 def _open(path: str) -> int:

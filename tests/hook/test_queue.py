@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from nixserve.errors import StoreError
-from nixserve.hook.queue import MAX_WAITING, WAITING_PER_SLOT, Queue
+from nixserve.hook.queue import MAX_WAITING, MAX_WAITING_IN_ALL, WAITING_PER_SLOT, Queue
 from tests.hook.hooksupport import machine, machines, otherProcess
 
 ONE = [machine("ssh://h1 - - 1")]
@@ -36,14 +36,16 @@ def test_places(queue):
     tickets[3].leave()
     assert queue.take(ONE) is not None
     assert queue.take(ONE) is None
-    # Whoever has more slots to wait for may wait behind them.
-    assert queue.take(machines("ssh://h1 - - 2")) is not None
+    # Others have places of their own.
+    assert queue.take([machine("ssh://h2 - - 1")]) is not None
 
 
-def test_bound(queue):
-    """There are never more than so many, whatever the machines have."""
-    many = machines("ssh://h1 - - 1000")
-    assert [queue.take(many) is None for _ in range(MAX_WAITING + 1)] == [False] * MAX_WAITING + [True]
+def test_bounds(queue):
+    """There are never more than so many, whatever the machines have, in a line and in all."""
+    many = [machine(f"ssh://h{number} - - 1000") for number in range(MAX_WAITING_IN_ALL // MAX_WAITING + 1)]
+    for one in many[:-1]:
+        assert [queue.take([one]) is None for _ in range(MAX_WAITING + 1)] == [False] * MAX_WAITING + [True]
+    assert queue.take(many[-1:]) is None
 
 
 def test_turns(queue):
