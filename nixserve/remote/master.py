@@ -188,22 +188,31 @@ class SSHMaster:
         Make what has to lie there, and lock out other processes that would start a master.
 
         @raise Busy: one does.
+        @raise CannotConnect: it cannot lie there.
         """
-        os.makedirs(self._directory, 0o700, exist_ok=True)
-        found = os.stat(self._directory)
-        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise CannotConnect(
-                self.address.name, f"'{self._directory}' is open to others", "chmod 700 it, or choose another directory"
-            )
-        if self._lockFile is None:
-            self._lockFile = os.open(f"{self.controlPath}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            os.makedirs(self._directory, 0o700, exist_ok=True)
+            found = os.lstat(self._directory)
+            if found.st_uid != os.geteuid() or found.st_mode & 0o170077 != 0o040000:
+                raise CannotConnect(
+                    self.address.name,
+                    f"'{self._directory}' is open to others",
+                    "chmod 700 it, or choose another directory",
+                )
+            if self._lockFile is None:
+                self._lockFile = os.open(f"{self.controlPath}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lockFile, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.knownHosts:
+                with open(self.knownHosts, "w", encoding="ascii") as stream:
+                    stream.write(knownHostsLine(self.address))
         except BlockingIOError:
             raise Busy(f"another process that connects to {self.address.name}", 0.05) from None
-        if self.knownHosts:
-            with open(self.knownHosts, "w", encoding="ascii") as stream:
-                stream.write(knownHostsLine(self.address))
+        except OSError as e:
+            raise CannotConnect(
+                self.address.name,
+                f"a shared connection needs '{self._directory}': {e.strerror}",
+                "choose another directory",
+            ) from e
 
     def _unlock(self) -> None:
         if self._lockFile is not None:

@@ -253,6 +253,16 @@ async def test_openDirectory(tmp_path):
 
 
 @pytest_twisted.ensureDeferred
+async def test_noDirectory(tmp_path):
+    """One that cannot be made is named."""
+    (tmp_path / "file").touch()
+    fake = FakeSSH(tmp_path)
+    master = SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(tmp_path / "file" / "d"))
+    with pytest.raises(CannotConnect, match=f"a shared connection needs '{tmp_path}/file/d': Not a directory; choose"):
+        await master.start()
+
+
+@pytest_twisted.ensureDeferred
 async def test_directoryOfOthers(tmp_path, monkeypatch):
     """Nor may they own the directory that it lies in."""
     fake = FakeSSH(tmp_path)
