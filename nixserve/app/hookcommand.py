@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nixserve.app.hookentry import PERSIST_SECONDS, SHARE
+from nixserve.app.hookentry import NO_SHARE, PERSIST_SECONDS, SHARE, Preloaded
 from nixserve.app.settings import chooseStore
 from nixserve.app.statedirs import hookStateDir, socketDirectory
 from nixserve.errors import FormatError, NixServeError, RemoteError, StoreError, UsageError
@@ -34,8 +34,12 @@ __all__ = ["HookOptions", "answer", "main", "persistSeconds", "readMachines"]
 INTERRUPTED = 130
 """What a shell says of a command that SIGINT has ended."""
 
-_POLL_SECONDS = 0.02
-"""How often the build whose turn it is looks for a slot."""
+_POLL_SECONDS, _LATER_POLL_SECONDS = 0.02, 0.2
+"""How often the build whose turn it is looks for a slot, and how often after a while: then what it waits for are no
+builds of tenths of a second. To look takes some milliseconds on a farm of hundreds of slots."""
+
+_HASTY_SECONDS = 2.0
+"""What a while is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,42 +47,47 @@ class HookOptions:
     """
     @ivar verbosity: a number that Nix gives.
     @ivar share: have all hook processes share one SSH connection to each machine.
+    @ivar waiting: a descriptor whose end is that of the hook process that waits for this one; C{None} if this is it.
     """
 
     verbosity: int
     share: bool = True
+    waiting: int | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str], preloaded: Preloaded | None = None) -> int:
     """
     The program C{nixserve-hook}. Ends the process, unless it is used wrongly.
 
+    @param words: its arguments.
+    @param preloaded: to be started for the next one.
     @return: the exit status.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    share = "--no-share" not in words
-    numbers = [word for word in words if word != "--no-share"]
+    share = NO_SHARE not in words
+    numbers = [word for word in words if word != NO_SHARE]
     if len(numbers) != 1 or not numbers[0].isdecimal():
         print("error: this is run by Nix: write 'build-hook = /path/to/nixserve-hook' in nix.conf; "
               "'nixserve hook --check' looks at the machines", file=sys.stderr)  # fmt: skip
         return 2
-    status = answer(HookOptions(int(numbers[0]), share), os.environ, os.getppid())
+    status = answer(HookOptions(int(numbers[0]), share), os.environ, os.getppid(), preloaded)
     sys.stderr.flush()
     # Nix waits for the end of this process, of whose time Python's tidying up would be a fifth. All that is held here
     # are descriptors.
     os._exit(status)
 
 
-def answer(options: HookOptions, environ: Mapping[str, str], parent: int) -> int:
+def answer(options: HookOptions, environ: Mapping[str, str], parent: int, preloaded: Preloaded | None = None) -> int:
     """
     Answer the Nix that has started this process, until it asks no more or one build was done.
 
     @param parent: the process that runs Nix.
+    @param preloaded: started when there is a build, for the next hook process; C{None} if there is one, or is to be
+        none.
     @return: the exit status.
     """
-    pipes = NixPipes(options.verbosity, os.getpid())
+    pipes = NixPipes(options.verbosity, os.getpid(), waiting=options.waiting)
     try:
-        return _Hook(pipes, options, environ, parent).answer()
+        return _Hook(pipes, options, environ, parent, preloaded).answer()
     except NixServeError as e:
         pipes.write(pipes.log.error(f"build hook: {e}"))
         return 1
@@ -93,7 +102,14 @@ class _Hook:
     The questions of one Nix, as far as they need no connection.
     """
 
-    def __init__(self, pipes: NixPipes, options: HookOptions, environ: Mapping[str, str], parent: int) -> None:
+    def __init__(
+        self,
+        pipes: NixPipes,
+        options: HookOptions,
+        environ: Mapping[str, str],
+        parent: int,
+        preloaded: Preloaded | None,
+    ) -> None:
         """
         Hear the settings. Waits for them.
 
@@ -102,10 +118,14 @@ class _Hook:
         settings = pipes.readSettings()
         layout = _chooseStore(settings, environ)
         state = hookStateDir(environ)
+        machines = readMachines(settings)
+        if machines.usable:
+            _requireWritable(state)
         run, since = _runOf(parent)
         self._pipes = pipes
+        self._preloaded = preloaded
         self._chooser = Chooser(
-            readMachines(settings),
+            machines,
             settings,
             Slots(layout.stateDir),
             Aside(f"{state}/aside", run, time.time),
@@ -128,12 +148,14 @@ class _Hook:
             for text in self._chooser.news():
                 pipes.write(pipes.log.message(Verbosity.WARN, f"warning: {text}"))
             if isinstance(decision, Taken):
+                self._prepareNext()
                 accepted = self._chooser.mayAcceptUnseen(question, decision)
                 if accepted:
                     pipes.accept(decision.machine)
                 return self._run(question, decision, accepted)
             if decision is Refusal.POSTPONE and (waiting := self._chooser.queue(question)):
                 machine, ticket = waiting
+                self._prepareNext()
                 pipes.accept(machine)
                 taken = self._wait(question, ticket)
                 return self._run(question, taken, True)
@@ -143,12 +165,16 @@ class _Hook:
                 break
         return 0
 
+    def _prepareNext(self) -> None:
+        """Before Nix hears that it has a build elsewhere: then it starts the next hook process."""
+        if self._preloaded is not None:
+            self._preloaded.start()
+
     def _wait(self, question: BuildQuestion, ticket: Ticket) -> Taken:
         """
         A slot for a build that was accepted without one.
 
         @param ticket: its place, which it leaves.
-
         @raise BrokenPipeError: Nix is gone.
         @raise RemoteError: no machine is left that could build it.
         """
@@ -156,10 +182,11 @@ class _Hook:
         ticket.waitForTurn()
         # Nix may be gone meanwhile.
         self._pipes.sleep(0)
+        hasty = time.monotonic() + _HASTY_SECONDS
         while not isinstance(decision := self._chooser.choose(ours), Taken):
             if decision is not Refusal.POSTPONE:
                 raise RemoteError(f"no machine can be reached that could build '{question.drvPath}'")
-            self._pipes.sleep(_POLL_SECONDS)
+            self._pipes.sleep(_POLL_SECONDS if time.monotonic() < hasty else _LATER_POLL_SECONDS)
         ticket.leave()
         return decision
 
@@ -201,6 +228,20 @@ def _chooseStore(settings: HookSettings, environ: Mapping[str, str]) -> StoreLay
         if not os.access(path, os.W_OK):
             raise StoreError(f"this user may not write to '{path}'; where there is a daemon, it must run the hook")
     return layout
+
+
+def _requireWritable(state: str) -> None:
+    """
+    @param state: see L{hookStateDir}.
+    @raise StoreError: nothing can be written there.
+    """
+    advice = "set NIXSERVE_HOOK_STATE to a directory that this user may write to"
+    try:
+        os.makedirs(state, 0o700, exist_ok=True)
+    except OSError as e:
+        raise StoreError(f"cannot make the directory '{state}': {e.strerror}; {advice}") from e
+    if not os.access(state, os.W_OK | os.X_OK):
+        raise StoreError(f"this user may not write to '{state}'; {advice}")
 
 
 def readMachines(settings: HookSettings) -> Machines:

@@ -1,15 +1,18 @@
 """
-Where C{nixserve-hook} begins: it has a process that is loaded already do the work, and starts one if there is none.
+Where C{nixserve-hook} begins: it has a process that is loaded already do the work, if there is one.
 
 Nix starts a hook process for each build, and to load Python's modules takes longer than a small build. So this imports
-next to nothing. It hands its descriptors to L{nixserve.app.preloaded}, and remains for Nix to wait for and to kill. If
-that fails, for whatever reason, this process does the work itself.
+next to nothing. It hands its descriptors to a child of L{nixserve.app.preloaded}, and remains for Nix to wait for and
+to kill. If that fails, for whatever reason, this process does the work itself; and if that is a build, it starts a
+preloaded process for the next.
 
-All hook processes of one Nix are alike but for their descriptors: so they share one preloaded process, which the first
-of them starts, and no other Nix does. The conversation, on a unix socket that keeps messages apart: the process that
-will do the work says L{TAKEN}, so nothing is handed to one that does not run, which would keep Nix's descriptors open.
-The request is the argument from Nix and the numbers of the descriptors that come with it. At last the exit status comes
-back, in one byte.
+All hook processes of one Nix are alike but for their descriptors: so they share one preloaded process, and no other Nix
+does. The conversation, on a unix socket that keeps messages apart::
+
+    child                                        hook process
+    TAKEN: there is one                          the argument from Nix, the numbers of descriptors, and these
+    TAKEN: it has them; nothing was read yet     closes most of its own
+    the exit status, in one byte
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ else:
     import _signal as signal
     import _socket as socket
 
-__all__ = ["PERSIST_SECONDS", "READY", "SHARE", "TAKEN", "hand", "main"]
+__all__ = ["NO_SHARE", "PERSIST_SECONDS", "SHARE", "TAKEN", "Preloaded", "main", "openDescriptors"]
 
 PERSIST_SECONDS = 60
 """How long what hook processes share stays without a build, if nobody says."""
@@ -38,119 +41,169 @@ PERSIST_SECONDS = 60
 SHARE = "NIXSERVE_HOOK_SHARE"
 """The variable that says it; with 0 every hook process does everything by itself."""
 
-TAKEN = b"+"
-"""What the process says first that does the work."""
+NO_SHARE = "--no-share"
+"""The option that says so."""
 
-READY = 3
-"""The descriptor that a preloaded process closes when it listens."""
+TAKEN = b"+"
+"""What the process says that does the work."""
 
 _FROM_NIX = (0, 1, 2, 4, 5)
 """The descriptors that Nix gives to a hook."""
 
 _UNTIL_THE_END = (1, 4)
-"""Those that stay open here: their end tells Nix that this process has ended, and is to come no sooner."""
+"""
+Those that stay open here. Nix takes the end of the pipe behind 1 and 2 for the end of the hook, kills what is left of
+it, and has its status (Nix 2.8, src/libstore/build/local-derivation-goal.cc). So the end is to come no sooner than that
+of this process. Of the pipe behind 4 that Nix has a writing end itself; to count on it would be too much.
+"""
 
 _PATIENCE = 10.0
-"""Seconds for a preloaded process to be loaded, and to make a child. That takes less than one, and milliseconds."""
+"""Seconds for a preloaded process to be loaded and to make a child. That takes tenths of one, and milliseconds."""
+
+_KILLED_SECONDS = 5.0
+"""How long this process stays at most when it is to end, so that the child ends first."""
+
+_LISTENING = 3
+"""The descriptor on which a preloaded process listens."""
+
+_BACKLOG = 64
+
+_LONGEST = 24 * 3600
 
 
 def main() -> None:
     """The program C{nixserve-hook}. Ends the process."""
     words = sys.argv[1:]
+    preloaded = None
     if len(words) == 1 and words[0].isdecimal():
-        hand(words[0], os.environ)
+        preloaded = Preloaded.find(os.environ)
+        if preloaded is not None:
+            preloaded.hand(words[0])
     from nixserve.app.hookcommand import main as here
 
-    sys.exit(here(words))
+    sys.exit(here(words, preloaded))
 
 
-def hand(verbosity: str, environ: Mapping[str, str]) -> None:
+class Preloaded:
     """
-    Have a preloaded process answer Nix, and end as that does. Returns if there is none and can be none.
-
-    @param verbosity: the argument from Nix.
-    @param environ: the process's own.
+    The preloaded process of the Nix that has started this one, whether it is there or not.
     """
-    seconds = environ.get(SHARE, str(PERSIST_SECONDS))
-    if not seconds.isdecimal() or not int(seconds):
-        return
-    try:
-        path = _socketPath(environ)
-        control = _connect(path) or _start(path, seconds)
-    except OSError:
-        return
-    if control is not None and _send(control, verbosity):
-        os._exit(_result(control))
+
+    def __init__(self, path: str, seconds: int) -> None:
+        """
+        @param path: where it listens. Nobody but this user can make anything there.
+        @param seconds: how long it stays without a build.
+        """
+        self._path = path
+        self._seconds = seconds
+
+    @classmethod
+    def find(cls, environ: Mapping[str, str]) -> Preloaded | None:
+        """
+        @param environ: the process's own.
+        @return: C{None} if there can be none, or is to be none.
+        """
+        seconds = environ.get(SHARE, str(PERSIST_SECONDS))
+        if not seconds.isdecimal() or not int(seconds):
+            return None
+        try:
+            return cls(_socketPath(environ), min(int(seconds), _LONGEST))
+        except OSError:
+            return None
+
+    def hand(self, verbosity: str) -> None:
+        """
+        Have it answer Nix, and end this process as that does. Returns if there is none, or it does not take the work.
+
+        @param verbosity: the argument from Nix.
+        """
+        control = self._connect()
+        if control is not None and _send(control, verbosity):
+            os._exit(_result(control))
+
+    def start(self) -> None:
+        """
+        Have one for the next hook process. Does nothing if it cannot be.
+        """
+        try:
+            # It watches processes by these.
+            os.close(os.pidfd_open(os.getppid()))
+            listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            temporary = f"{self._path}.{os.getpid()}"
+            listening.bind(temporary)
+            listening.listen(_BACKLOG)
+            # From here on the next hook process waits until it is loaded.
+            os.rename(temporary, self._path)
+            parent = os.getppid()
+            if os.fork() == 0:
+                _become(listening, self._path, parent, self._seconds)
+            listening.close()
+        except OSError:
+            return
+
+    def _connect(self) -> socket.socket | None:
+        """
+        @return: a socket at whose other end a process waits for the request; C{None} if there is none.
+        """
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control.settimeout(_PATIENCE)
+        try:
+            control.connect(self._path)
+            credentials = control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            if int.from_bytes(credentials[4:8], sys.byteorder) == os.geteuid() and control.recv(1) == TAKEN:
+                return control
+        except OSError:
+            pass
+        control.close()
+        return None
+
+
+def openDescriptors() -> list[int]:
+    """All descriptors that are open."""
+    # The one that lists them is closed by then.
+    return [int(name) for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
 
 
 def _socketPath(environ: Mapping[str, str]) -> str:
     """
-    Where the preloaded process of the Nix listens that has started this one.
+    Where the preloaded process of the Nix listens that has started this one. Its number may come again, at another
+    time or in another container; and where it is no Nix, as in tests, the next hook may have another environment.
 
     @raise OSError: there can be none: others may make sockets there, or it cannot be made.
     """
+    from zlib import crc32
+
     directory = socketDirectory(hookStateDir(environ), "preloaded")
     os.makedirs(directory, 0o700, exist_ok=True)
     status = os.lstat(directory)
-    if status.st_uid != os.geteuid() or status.st_mode != 0o040700:
+    if status.st_uid != os.geteuid() or status.st_mode & 0o170077 != 0o040000:
         raise PermissionError
     parent = os.getppid()
     with open(f"/proc/{parent}/stat", "rb", buffering=0) as stream:
-        # The name of the program, in parentheses, may hold anything. Its number may come again, at another time.
+        # The name of the program, in parentheses, may hold anything.
         started = int(stream.read().rpartition(b")")[2].split()[19])
-    return f"{directory}/{parent}-{started:x}-{os.stat('/proc/self/ns/pid').st_ino:x}"
+    space = os.stat("/proc/self/ns/pid").st_ino
+    same = crc32(os.fsencode("\0".join([sys.executable, __file__, *map("=".join, sorted(environ.items()))])))
+    return f"{directory}/{parent}-{space:x}-{started:x}-{same:x}"
 
 
-def _connect(path: str) -> socket.socket | None:
-    """
-    @return: a socket at whose other end a process waits for the request; C{None} if there is none.
-    """
-    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    control.settimeout(_PATIENCE)
+def _become(listening: socket.socket, path: str, parent: int, seconds: int) -> None:
+    """Be the preloaded process."""
     try:
-        control.connect(path)
-        credentials = control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        if int.from_bytes(credentials[4:8], sys.byteorder) == os.geteuid() and control.recv(1) == TAKEN:
-            return control
-    except OSError:
-        pass
-    control.close()
-    return None
+        os.setsid()
+        os.dup2(listening.fileno(), _LISTENING)
+        nothing = os.open("/dev/null", os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(nothing, fd)
+        # Among them are locks of the build that the hook process is about to do.
+        for fd in openDescriptors():
+            if fd > _LISTENING:
+                os.close(fd)
+        from nixserve.app.preloaded import serve
 
-
-def _start(path: str, seconds: str) -> socket.socket | None:
-    """
-    As L{_connect}, after having started the preloaded process, unless another hook just does.
-
-    @param seconds: how long it stays without a build.
-    @raise OSError: it cannot be started.
-    """
-    from fcntl import LOCK_EX, flock
-
-    lock = os.open(f"{os.path.dirname(path)}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        flock(lock, LOCK_EX)
-        control = _connect(path)
-        if control is not None:
-            return control
-        ours, its = socket.socketpair()
-        null = [(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in (0, 1, 2)]
-        ready = (os.POSIX_SPAWN_DUP2, its.fileno(), READY)
-        others = [(os.POSIX_SPAWN_CLOSE, int(fd)) for fd in os.listdir("/proc/self/fd") if int(fd) > READY]
-        os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-m", "nixserve.app.preloaded", path, str(os.getppid()), seconds],
-            os.environb,
-            file_actions=[*null, ready, *others],
-            setsid=True,
-        )
-        its.close()
-        ours.settimeout(_PATIENCE)
-        ours.recv(1)
-        ours.close()
-        return _connect(path)
+        serve(_LISTENING, path, parent, seconds)
     finally:
-        os.close(lock)
+        os._exit(0)
 
 
 def _send(control: socket.socket, verbosity: str) -> bool:
@@ -159,12 +212,17 @@ def _send(control: socket.socket, verbosity: str) -> bool:
 
     @return: whether it has been taken.
     """
-    fds = [fd for fd in _FROM_NIX if fd != control.fileno() and os.path.exists(f"/proc/self/fd/{fd}")]
+    fds = [fd for fd in openDescriptors() if fd in _FROM_NIX and fd != control.fileno()]
+    if 1 not in fds:
+        return False
     rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
     try:
         request = " ".join(map(str, [verbosity, *fds])).encode()
         control.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        taken = control.recv(1) == TAKEN
     except OSError:
+        taken = False
+    if not taken:
         control.close()
         return False
     for fd in fds:
@@ -175,10 +233,30 @@ def _send(control: socket.socket, verbosity: str) -> bool:
 
 def _result(control: socket.socket) -> int:
     """
-    Wait for the end of the work. Whatever kills this process meanwhile ends that too.
+    Wait for the end of the work, or that of Nix. Whatever kills this process meanwhile ends the work; signals that can
+    be caught do so before this process ends, for Nix goes on then.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    control.settimeout(None)
+    import select
+
+    def end(number: int, frame: object) -> None:
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(caught, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+        poll = select.poll()
+        poll.register(control, select.POLLIN)
+        # Whether somebody still reads there.
+        poll.register(1, 0)
+        isOver = any(fd == control.fileno() for fd, _ in poll.poll())
+    except KeyboardInterrupt:
+        isOver = False
+    if not isOver:
+        # So the child is killed.
+        control.shutdown(socket.SHUT_WR)
+    control.settimeout(_KILLED_SECONDS)
     try:
         answer = control.recv(1)
     except OSError:

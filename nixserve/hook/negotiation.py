@@ -43,7 +43,14 @@ class NixPipes:
     """
 
     def __init__(
-        self, verbosity: int, pid: int, requests: int = 0, replies: int = 2, logWriting: int = 4, logReading: int = 5
+        self,
+        verbosity: int,
+        pid: int,
+        requests: int = 0,
+        replies: int = 2,
+        logWriting: int = 4,
+        logReading: int = 5,
+        waiting: int | None = None,
     ) -> None:
         """
         @param verbosity: see L{HookLog}.
@@ -52,12 +59,14 @@ class NixPipes:
         @param replies: the one that answers and messages go to.
         @param logWriting: the one that takes the log of the build.
         @param logReading: the other end of the same pipe. While it is open here, Nix does not see the end of the log.
+        @param waiting: a descriptor whose end is that of the process that Nix waits for; C{None} if that is this one.
         """
         self.conversation = HookConversation()
         self.log = HookLog(verbosity, pid)
         self.requests = requests
         self.replies = replies
         self.logWriting = logWriting
+        self.waiting = waiting
         self._logReading = logReading
 
     def readEvent(self) -> Event:
@@ -116,6 +125,8 @@ class NixPipes:
         poll = select.poll()
         # Errors are told in any case.
         poll.register(self.replies, 0)
+        if self.waiting is not None:
+            poll.register(self.waiting, select.POLLRDHUP)
         if poll.poll(seconds * 1000):
             raise BrokenPipeError
 

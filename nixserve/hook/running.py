@@ -13,12 +13,13 @@ Order of what is held: slot, session there, roots here, claims. Whatever ends th
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import deferLater
 
 from nixserve.builder.execution import realisations
@@ -90,6 +91,7 @@ class HookRun:
         self._workers = Workers(reactor)
         self._store: LocalStore | None = None
         self._running: Deferred[int] = Deferred()
+        self._watching: Deferred[None] = succeed(None)
         self._isDeserted = False
         self._replies = PipeToNix(reactor, pipes.replies, self._deserted)
         self._log = PipeToNix(reactor, pipes.logWriting, self._deserted)
@@ -107,6 +109,7 @@ class HookRun:
         """
         self._workers.start()
         try:
+            self._watch()
             self._running = Deferred.fromCoroutine(self._run(question, taken, accepted))
             return await self._running
         except NixServeError as e:
@@ -116,12 +119,24 @@ class HookRun:
             if self._isDeserted:
                 return 1
             raise
+        except Exception as e:
+            # A bug, or a system that is out of something. Nothing can be said after this.
+            self._replies.write(self._pipes.log.error(f"build hook: internal error: {type(e).__name__}: {e}"))
+            self._log.write(traceback.format_exc().encode("utf-8", "surrogateescape"))
+            return 1
         finally:
+            self._watching.cancel()
             if self._store is not None:
                 await self._call(self._store.close)
             await self._log.finish()
             await self._replies.finish()
             self._workers.stop()
+
+    def _watch(self) -> None:
+        """Who waits for this process says no more, and with its end Nix gives up the locks of the outputs."""
+        if self._pipes.waiting is not None:
+            self._watching = whenReadable(self._reactor, self._pipes.waiting)
+            self._watching.addCallbacks(lambda _: self._deserted(), lambda _: None)
 
     def _deserted(self) -> None:
         """Nix is gone: nobody wants the build."""

@@ -5,6 +5,8 @@ for each build. Nix is the test, or a process that it starts.
 
 import fcntl
 import os
+import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from nixserve.app import hookentry, statedirs
+from nixserve.app.preloaded import CHILD_NAME, LOADED_NAME
 from nixserve.codec.wire import encodeString, encodeU64
 from tests.hook.hooksupport import otherProcess
 from tests.interop.watching import until
@@ -59,10 +62,14 @@ class Nix:
         fcntl.flock(self.busy, fcntl.LOCK_EX)
 
     def start(self, *options, **environ):
-        """A hook process, which has heard the settings."""
-        reading, writing = os.pipe()
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 50) for fd in (writing, reading)]
-        os.close(reading), os.close(writing)
+        """
+        A hook process, which has heard the settings. As from Nix 2.8, its descriptors 1 and 2 are one pipe and 4 and 5
+        the ends of another, of which Nix keeps both.
+        """
+        (said, saying), (log, logging) = os.pipe(), os.pipe()
+        # Out of the way of the numbers that they are to have.
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 50) for fd in (logging, log)]
+        os.close(logging), os.close(log)
 
         def place():
             os.dup2(high[0], 4), os.dup2(high[1], 5)
@@ -70,15 +77,16 @@ class Nix:
         process = subprocess.Popen(
             [Path(sys.executable).with_name("nixserve-hook"), *options, "3"],
             stdin=subprocess.PIPE,
-            stdout=high[0],
-            stderr=subprocess.PIPE,
+            stdout=saying,
+            stderr=saying,
             env={**self.environ, **environ},
             preexec_fn=place,
             pass_fds=(4, 5),
             start_new_session=True,
         )
-        os.close(high[0])
-        process.log = os.fdopen(high[1], "rb")
+        os.close(saying)
+        process.said = os.fdopen(said, "rb", buffering=0)
+        process.log = high
         self.started.append(process)
         machine = MACHINE if self.busy is not None else ""
         process.stdin.write(settings(store=str(self.root), builders=machine, system="x86_64-linux", max_jobs="0"))
@@ -89,33 +97,44 @@ class Nix:
         """Ask. @return: the last line of the answer."""
         process.stdin.write(question())
         process.stdin.flush()
-        while (line := process.stderr.readline()).startswith(b"@nix "):
+        while (line := process.said.readline()).startswith(b"@nix "):
             pass
         return line
 
-    def waiting(self):
+    def waiting(self, **environ):
         """A hook process whose build has been accepted, and waits for a slot."""
-        process = self.start()
+        process = self.start(**environ)
         assert self.ask(process) == b"# accept\n"
-        assert process.stderr.readline() == b"ssh://machine.invalid\n"
+        assert process.said.readline() == b"ssh://machine.invalid\n"
         return process
+
+    def first(self, **environ):
+        """Likewise, the first one, which does the work itself and has the others' process loaded."""
+        self.occupy()
+        return self.waiting(**environ)
 
     def loaded(self):
         """The preloaded processes."""
-        return [pid for pid in pids() if f"{self.state}/preloaded/" in commandLine(pid) and parentOf(pid) not in pids()]
+        return self._called(LOADED_NAME)
 
     def children(self):
-        """The children of the preloaded process."""
-        (loaded,) = self.loaded()
-        return [pid for pid in pids() if parentOf(pid) == loaded]
+        """Their children."""
+        return self._called(CHILD_NAME)
+
+    def _called(self, name):
+        mark = f"NIXSERVE_HOOK_STATE={self.state}\0"
+        return [pid for pid in pids() if content(pid, "comm").strip() == name and mark in content(pid, "environ")]
 
     def end(self):
         """Whatever was started."""
         for process in self.started:
             process.kill()
             process.wait()
-            for stream in (process.stdin, process.stderr, process.log):
-                stream.close()
+            process.stdin.close()
+            process.said.close()
+            for fd in process.log:
+                os.close(fd)
+        until(lambda: not self.children())
         for pid in self.loaded():
             os.kill(pid, signal.SIGKILL)
         if self.busy is not None:
@@ -123,26 +142,21 @@ class Nix:
 
 
 def pids():
-    """All preloaded processes and their children."""
-    return [
-        int(name) for name in os.listdir("/proc") if name.isdecimal() and "nixserve.app.preloaded" in commandLine(name)
-    ]
+    """All processes."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
 
 
-def commandLine(pid):
-    """Its words; none if it has ended."""
+def content(pid, name):
+    """A file about a process; empty if that has ended."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:
         return ""
 
 
-def parentOf(pid):
-    """@return: 0 if it has ended."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+def isRunning(pid):
+    """It is there, and no zombie."""
+    return content(pid, "stat").rpartition(")")[2].split()[:1] not in ([], ["Z"])
 
 
 @pytest.fixture
@@ -153,65 +167,108 @@ def nix(tmp_path):
     nix.end()
 
 
+def test_first(nix):
+    """The first hook process does the work itself; that which is loaded meanwhile does it for the others."""
+    first = nix.first()
+    assert nix.children() == []
+    second = nix.waiting()
+    assert len(nix.loaded()) == 1 and len(nix.children()) == 1
+    assert first.poll() is None and second.poll() is None
+
+
 def test_declines(nix):
-    """An answer and an exit status come as if the small process had done the work."""
+    """Without a build nothing is loaded. If it is, an answer and a status come as if the process had been the child."""
     process = nix.start()
-    assert nix.ask(process) == b"# decline-permanently\n"
-    assert process.wait(10) == 0
-    assert len(nix.loaded()) == 1
+    assert nix.ask(process) == b"# decline-permanently\n" and process.wait(10) == 0
+    assert nix.loaded() == []
+    nix.first()
+    nix.busy, busy = None, nix.busy
+    process = nix.start()
+    assert nix.ask(process) == b"# decline-permanently\n" and process.wait(10) == 0
+    nix.busy = busy
+    assert len(nix.loaded()) == 1 and nix.children() == []
 
 
 def test_fails(nix):
     """So do an error and its status."""
+    nix.first()
     process = nix.start()
     process.stdin.write(text("try") + encodeU64(7))
     process.stdin.close()
-    said = process.stderr.read()
+    said = process.said.readall()
     assert process.wait(10) == 1
     assert b"build hook: " in said and b"Traceback" not in said
-    process.stdin = process.stderr
+    assert len(nix.loaded()) == 1
 
 
 def test_oneForAll(nix):
     """The hook processes of one Nix share one preloaded process, however many run at once."""
-    nix.occupy()
-    hooks = [nix.waiting() for _ in range(5)]
+    nix.first()
+    for _ in range(5):
+        nix.waiting()
     assert len(nix.loaded()) == 1 and len(nix.children()) == 5
     assert {os.getsid(pid) for pid in nix.children()} == set(nix.children())
-    assert len(hooks) == 5
 
 
 def test_descriptors(nix):
-    """A child has what Nix has given to its hook process, and nothing of any other."""
-    nix.occupy()
+    """A child has what Nix has given to its hook process, and nothing of any other, or of the first."""
+    nix.first()
     nix.waiting()
     hook = nix.waiting()
+    (loaded,) = nix.loaded()
     theirs = {os.readlink(f"/proc/{pid}/fd/{fd}") for pid in nix.children() for fd in (0, 2, 4)}
     assert len(theirs) == 6
     for pid in nix.children():
         open_ = {int(fd): os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
         assert {fd for fd, name in open_.items() if name.startswith("pipe:")} == {0, 1, 2, 4}
-        assert open_[1] == open_[4]
-        assert all(name.startswith((str(nix.state), str(nix.root), "pipe:")) for name in open_.values())
+        assert open_[1] == open_[2]
+        others = [name for name in open_.values() if not name.startswith((str(nix.state), str(nix.root), "pipe:"))]
+        assert len(others) == 1 and others[0].startswith("socket:")
     # The hook process itself keeps only those whose end is its own end.
     kept = {fd for fd in os.listdir(f"/proc/{hook.pid}/fd") if "pipe:" in os.readlink(f"/proc/{hook.pid}/fd/{fd}")}
     assert kept == {"1", "4"}
+    names = {os.readlink(f"/proc/{loaded}/fd/{fd}").partition(":")[0] for fd in os.listdir(f"/proc/{loaded}/fd")}
+    assert names == {"/dev/null", "socket", "anon_inode"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_hookKilled(nix, number):
-    """Whatever ends the hook process ends its child, and no other."""
-    nix.occupy()
-    killed, other = nix.waiting(), nix.waiting()
-    killed.send_signal(number)
-    assert killed.wait(10) == -number
+def test_endIsTheLast(nix):
+    """Nix sees no end of the pipe before the hook process has ended, for it kills what is left then."""
+    nix.first()
+    hook = nix.waiting()
+    (child,) = nix.children()
+    hook.send_signal(signal.SIGSTOP)
+    os.kill(child, signal.SIGKILL)
+    until(lambda: not isRunning(child))
+    poll = select.poll()
+    poll.register(hook.said, select.POLLIN)
+    assert poll.poll(200) == []
+    hook.send_signal(signal.SIGCONT)
+    assert hook.said.readall() == b"" and hook.wait(10) == 128 + signal.SIGKILL
+
+
+def test_hookKilled(nix):
+    """The sudden death of the hook process ends its child, and no other."""
+    first, killed, other = nix.first(), nix.waiting(), nix.waiting()
+    killed.kill()
+    assert killed.wait(10) == -signal.SIGKILL
     until(lambda: len(nix.children()) == 1)
-    assert other.poll() is None
+    assert first.poll() is None and other.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_hookEnded(nix, number):
+    """Other signals do so as well, and the child ends first: Nix goes on when the hook process has ended."""
+    nix.first()
+    hook = nix.waiting()
+    (child,) = nix.children()
+    hook.send_signal(number)
+    assert hook.wait(10) == 128 + signal.SIGKILL
+    assert not isRunning(child)
 
 
 def test_childKilled(nix):
     """A child that is killed makes the hook process fail, as a shell has it."""
-    nix.occupy()
+    nix.first()
     hook = nix.waiting()
     (child,) = nix.children()
     os.kill(child, signal.SIGKILL)
@@ -220,56 +277,98 @@ def test_childKilled(nix):
 
 
 def test_loadedKilled(nix):
-    """When the preloaded process dies so do the hook processes; children end with Nix's pipes; the next one works."""
-    nix.occupy()
+    """Builds go on without the preloaded process, and the next one has another."""
+    nix.first()
     hook = nix.waiting()
     (loaded,), (child,) = nix.loaded(), nix.children()
     os.kill(loaded, signal.SIGKILL)
-    assert hook.wait(10) == 1
-    hook.stderr.close()
-    hook.stderr = hook.stdin
-    until(lambda: child not in pids())
-    assert nix.ask(nix.start()) == b"# accept\n"
+    until(lambda: not nix.loaded())
+    nix.waiting()
+    nix.waiting()
+    assert len(nix.loaded()) == 1 and len(nix.children()) == 2
+    assert hook.poll() is None and isRunning(child)
+    # What Nix reads ends: the child notices by itself.
+    hook.said.close()
+    hook.said = hook.stdin
+    assert hook.wait(10) != 0
+
+
+def test_nixIsGone(nix):
+    """If Nix was killed, hook processes end whatever their children wait for."""
+    nix.first()
+    hook = nix.waiting()
+    (child,) = nix.children()
+    hook.said.close()
+    hook.said = hook.stdin
+    assert hook.wait(10) == 128 + signal.SIGKILL
+    assert not isRunning(child)
 
 
 def test_endsAfterAWhile(nix):
     """Without builds the preloaded process ends after the time that was set, and its socket with it."""
-    process = nix.start(NIXSERVE_HOOK_SHARE="1")
-    assert nix.ask(process) == b"# decline-permanently\n"
+    nix.first(NIXSERVE_HOOK_SHARE="1").kill()
+    until(nix.loaded)
     until(lambda: not nix.loaded(), 10)
-    assert [path.name for path in nix.state.glob("preloaded/*")] == ["lock"]
+    assert list(nix.state.glob("preloaded/*")) == []
 
 
 def test_endsWithNix(nix):
     """The preloaded process ends with its Nix, however that ends; and it is no other's."""
-    assert nix.ask(nix.start()) == b"# decline-permanently\n"
+    nix.first()
+    until(nix.loaded)
     (ours,) = nix.loaded()
-    code = "import subprocess, sys; subprocess.run([sys.argv[1], '3'], input=bytes.fromhex(sys.argv[2]))"
+    code = """if True:
+        import os, subprocess, sys
+        os.environ["NIXSERVE_HOOK_STATE"] = sys.argv[3]
+        hook = subprocess.Popen(sys.argv[1:2] + ["3"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        hook.stdin.write(bytes.fromhex(sys.argv[2]))
+        hook.stdin.flush()
+        assert hook.stderr.readline() == b"# accept\\n"
+        hook.kill()
+    """
     program = Path(sys.executable).with_name("nixserve-hook")
-    before, os.environ["NIXSERVE_HOOK_STATE"] = os.environ.get("NIXSERVE_HOOK_STATE"), str(nix.state)
-    try:
-        with otherProcess(code, program, settings(store=str(nix.root)).hex()):
-            assert len(nix.loaded()) == 2
-    finally:
-        del os.environ["NIXSERVE_HOOK_STATE"]
-        if before is not None:
-            os.environ["NIXSERVE_HOOK_STATE"] = before
+    said = settings(store=str(nix.root), builders=MACHINE, system="x86_64-linux", max_jobs="0") + question()
+    with otherProcess(code, program, said.hex(), nix.state):
+        until(lambda: len(nix.loaded()) == 2)
     until(lambda: nix.loaded() == [ours])
+
+
+def test_leftovers(nix):
+    """Sockets that were left by such as have been killed are removed by the next."""
+    nix.first()
+    until(nix.loaded)
+    (path,) = nix.state.glob("preloaded/*")
+    _, rest = path.name.split("-", 1)
+    for name in ("4194305-" + rest, "4194305-1-2-3"):
+        (nix.state / "preloaded" / name).touch()
+    os.kill(nix.loaded()[0], signal.SIGKILL)
+    nix.waiting()
+    until(lambda: sorted(each.name for each in nix.state.glob("preloaded/*")) == sorted([path.name, "4194305-1-2-3"]))
 
 
 @pytest.mark.parametrize("options, environ", [(["--no-share"], {}), ([], {"NIXSERVE_HOOK_SHARE": "0"})])
 def test_notShared(nix, options, environ):
     """It can be turned off."""
-    assert nix.ask(nix.start(*options, **environ)) == b"# decline-permanently\n"
-    assert nix.loaded() == []
+    nix.occupy()
+    assert nix.ask(nix.start(*options, **environ)) == b"# accept\n"
+    assert nix.loaded() == [] and not (nix.state / "preloaded").exists()
 
 
 def test_openToOthers(nix):
-    """Where others could make sockets none is used: the hook process does the work itself."""
+    """Where others could make sockets none is used: each hook process does the work itself."""
     (nix.state / "preloaded").mkdir(parents=True)
     (nix.state / "preloaded").chmod(0o770)
-    assert nix.ask(nix.start()) == b"# decline-permanently\n"
-    assert nix.loaded() == []
+    nix.first()
+    nix.waiting()
+    assert nix.loaded() == nix.children() == [] and list(nix.state.glob("preloaded/*")) == []
+
+
+def test_inheritedGroup(nix):
+    """A directory whose group is inherited is as private as another."""
+    nix.state.mkdir()
+    nix.state.chmod(0o2700)
+    nix.first()
+    until(nix.loaded)
 
 
 def test_longPath(nix):
@@ -279,25 +378,35 @@ def test_longPath(nix):
     directory = Path(statedirs.socketDirectory(str(nix.state), "preloaded"))
     assert len(str(directory)) < 70 and directory.parent == Path("/tmp")
     try:
-        process = nix.start()
-        assert nix.ask(process) == b"# decline-permanently\n" and process.wait(10) == 0
+        nix.first()
+        nix.waiting()
+        assert len(nix.children()) == 1
         assert directory.stat().st_mode & 0o777 == 0o700
-        (loaded,) = (pid for pid in pids() if f"{directory}/" in commandLine(pid))
-        os.kill(loaded, signal.SIGKILL)
     finally:
         shutil.rmtree(directory)
 
 
-def test_silent(nix, monkeypatch):
+def test_fewDescriptors(nix):
+    """A hook process whose descriptors do not reach the child does the work itself."""
+    nix.first()
+    until(nix.loaded)
+    resource.prlimit(nix.loaded()[0], resource.RLIMIT_NOFILE, (10, 10))
+    nix.waiting()
+    assert nix.children() == [] and len(nix.loaded()) == 1
+
+
+def test_stopped(nix, monkeypatch):
     """A preloaded process that does nothing is waited for, and then done without."""
-    assert nix.ask(nix.start()) == b"# decline-permanently\n"
+    nix.first()
+    until(nix.loaded)
     (loaded,) = nix.loaded()
-    (path,) = [path for path in nix.state.glob("preloaded/*") if path.is_socket()]
+    (path,) = nix.state.glob("preloaded/*")
     monkeypatch.setattr(hookentry, "_PATIENCE", 0.2)
+    preloaded = hookentry.Preloaded(str(path), 60)
     os.kill(loaded, signal.SIGSTOP)
-    assert hookentry._connect(str(path)) is None
+    assert preloaded._connect() is None
     os.kill(loaded, signal.SIGCONT)
-    control = hookentry._connect(str(path))
+    control = preloaded._connect()
     assert control is not None
     control.close()
 

@@ -4,6 +4,7 @@ whole program, where it needs none.
 """
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -263,7 +264,7 @@ def run(directory, data, *arguments, timed=False):
     @param timed: have Python tell what it imports.
     @return: exit status, and what it says.
     """
-    code = "import sys; from nixserve.app.hookcommand import main; sys.exit(main())"
+    code = "from nixserve.app.hookentry import main; main()"
     done = subprocess.run(
         [sys.executable, *(["-X", "importtime"] if timed else []), "-c", code, *(arguments or ["3"])],
         input=data,
@@ -315,6 +316,15 @@ def test_impossible(tmp_path, root, values, expected):
     assert said.startswith('@nix {"action":"msg"') and expected in said
 
 
+def test_stateCannotBeWritten(tmp_path, root):
+    """If nothing can be shared that is said, with what would help; where there are no machines it does not matter."""
+    (tmp_path / "state").touch()
+    status, said = run(tmp_path, settings(root, builders="a - - 1") + asks())
+    assert status == 1 and said.count("\n") == 1
+    assert f"cannot make the directory '{tmp_path}/state'" in said and "set NIXSERVE_HOOK_STATE" in said
+    assert run(tmp_path, settings(root) + asks()) == (0, "# decline-permanently\n")
+
+
 def test_byHand(tmp_path):
     """Who runs it by hand is told what it is for."""
     status, said = run(tmp_path, b"", "--please")
@@ -336,6 +346,19 @@ def test_pipesEnd():
     with pytest.raises(BrokenPipeError):
         pipes.sleep(10)
     os.close(writing)
+
+
+def test_hookProcessEnds():
+    """So is the end of the process that Nix waits for, in place of this one."""
+    waiting, theirs = socket.socketpair()
+    reading, writing = os.pipe()
+    with waiting, theirs:
+        pipes = NixPipes(3, 1, replies=writing, waiting=waiting.fileno())
+        pipes.sleep(0.01)
+        theirs.close()
+        with pytest.raises(BrokenPipeError):
+            pipes.sleep(10)
+    os.close(reading), os.close(writing)
 
 
 def test_acceptanceClosesTheLog():

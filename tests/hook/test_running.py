@@ -6,6 +6,7 @@ whose builds are scripts. The same with real Nix and real builders is in tests/i
 import contextlib
 import json
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -515,6 +516,20 @@ async def test_lostWhileSending(nix):
 
 
 @pytest_twisted.ensureDeferred
+async def test_bug(nix, monkeypatch):
+    """What nobody has foreseen ends the build, with a line for the user and the rest in its log."""
+    m = await nix.machine()
+
+    def odd(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(running, "Claims", odd)
+    assert await nix.start([m.uri]) == 1
+    assert nix.messages == ["error: build hook: internal error: OSError: [Errno 24] Too many open files"]
+    assert b"Traceback" in nix.log and nix.built is None
+
+
+@pytest_twisted.ensureDeferred
 async def test_lostTheOnlyOne(nix):
     """A build that has lost the only machine fails."""
     lost = await nix.machine(None)
@@ -576,6 +591,32 @@ async def test_nixGone(nix, accepted):
     assert await hook == 1
     await until(reactor, lambda: m.cancelled and not len(m.sessions))
     assert nix.roots == b""
+
+
+@pytest_twisted.ensureDeferred
+async def test_hookProcessGone(nix):
+    """So does one whose hook process waits for this one and is gone: its Nix has no locks any more."""
+    m = await nix.machine(None)
+    waiting, theirs = socket.socketpair()
+    with waiting, theirs:
+        nix.pipes.waiting = waiting.fileno()
+        hook = nix.start([m.uri])
+        await until(reactor, lambda: m.builds.asked)
+        theirs.close()
+        assert await hook == 1
+    await until(reactor, lambda: m.cancelled and not len(m.sessions))
+    assert nix.roots == b""
+
+
+@pytest_twisted.ensureDeferred
+async def test_hookProcessStays(nix):
+    """Otherwise it is of no matter."""
+    m = await nix.machine()
+    waiting, theirs = socket.socketpair()
+    with waiting, theirs:
+        nix.pipes.waiting = waiting.fileno()
+        assert await nix.start([m.uri]) == 0
+        assert waiting.fileno() not in [getattr(reader, "fileno", int)() for reader in reactor.getReaders()]
 
 
 @pytest_twisted.ensureDeferred

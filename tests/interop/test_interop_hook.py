@@ -61,7 +61,7 @@ def assertNothingLeft(farm):
     until(lambda: not [line for line in processes(str(farm.directory)).values() if "--serve" in line], 10)
     until(lambda: not hookProcesses(farm.state), 5)
     # Nix has ended, and with it what was loaded for it.
-    until(lambda: not processes(f"{farm.state}/preloaded/"), 5)
+    assert not list(farm.state.glob("preloaded/*"))
     assert not any(map(isLocked, (farm.root / "nix/var/nix/current-load").glob("*")))
     assert not any(map(isLocked, physical(farm.root, "/nix/store").glob("*.lock")))
     for machine in farm.machines:
@@ -174,6 +174,21 @@ def test_interrupt(nix, farm, number, share):
     process.send_signal(number)
     process.wait(20)
     until(lambda: not sleeping("61.25"), 10)
+    assertNothingLeft(farm)
+
+
+@pytest.mark.parametrize("share", ["0", "60"])
+def test_interruptWhileConnecting(nix, farm, share):
+    """Ctrl-C ends what waits for a machine that says nothing, too."""
+    farm.silent("x86_64-linux - 1 1"), farm.silent("x86_64-linux - 1 1")
+    command = farm.command(write(farm, "many.nix", MANY), *arguments(count=2), "--option", "connect-timeout", "60")
+    environment = farm.environment(NIXSERVE_HOOK_SHARE=share)
+    process = nix.start(*command, store=farm.root, environment=environment, stderr=-3)
+    connecting = f"{farm.directory}/ssh_config"
+    until(lambda: len([line for line in processes(connecting).values() if line.split()[0].endswith("ssh")]) >= 2, 20)
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    until(lambda: not [line for line in processes(connecting).values() if line.split()[0].endswith("ssh")], 10)
     assertNothingLeft(farm)
 
 
