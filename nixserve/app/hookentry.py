@@ -63,6 +63,8 @@ _PATIENCE = 10.0
 _KILLED_SECONDS = 5.0
 """How long this process stays at most when it is to end, so that the child ends first."""
 
+_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+
 _LISTENING = 3
 """The descriptor on which a preloaded process listens."""
 
@@ -96,6 +98,7 @@ class Preloaded:
         """
         self._path = path
         self._seconds = seconds
+        self._isAbsent = True
 
     @classmethod
     def find(cls, environ: Mapping[str, str]) -> Preloaded | None:
@@ -118,13 +121,26 @@ class Preloaded:
         @param verbosity: the argument from Nix.
         """
         control = self._connect()
-        if control is not None and _send(control, verbosity):
-            os._exit(_result(control))
+        if control is None:
+            return
+        for number in _CAUGHT:
+            signal.signal(number, _interrupt)
+        try:
+            if not _send(control, verbosity):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                return
+            isWanted = _wait(control)
+        except KeyboardInterrupt:
+            isWanted = False
+        os._exit(_result(control, isWanted))
 
     def start(self) -> None:
         """
-        Have one for the next hook process. Does nothing if it cannot be.
+        Have one for the next hook process. Does nothing if it cannot be, or there is one that does not want to work.
         """
+        if not self._isAbsent:
+            return
         try:
             # It watches processes by these.
             os.close(os.pidfd_open(os.getppid()))
@@ -150,10 +166,13 @@ class Preloaded:
         try:
             control.connect(self._path)
             credentials = control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            if int.from_bytes(credentials[4:8], sys.byteorder) == os.geteuid() and control.recv(1) == TAKEN:
+            taken = int.from_bytes(credentials[4:8], sys.byteorder) == os.geteuid() and control.recv(1) == TAKEN
+            self._isAbsent = False
+            if taken:
                 return control
-        except OSError:
-            pass
+        except OSError as e:
+            # One that says nothing for so long is as good as none.
+            self._isAbsent = isinstance(e, FileNotFoundError | ConnectionRefusedError | TimeoutError)
         control.close()
         return None
 
@@ -231,34 +250,41 @@ def _send(control: socket.socket, verbosity: str) -> bool:
     return True
 
 
-def _result(control: socket.socket) -> int:
+def _wait(control: socket.socket) -> bool:
     """
-    Wait for the end of the work, or that of Nix. Whatever kills this process meanwhile ends the work; signals that can
-    be caught do so before this process ends, for Nix goes on then.
+    Wait for the end of the work.
+
+    @return: false if Nix has ended before.
     """
     import select
 
-    def end(number: int, frame: object) -> None:
-        for caught in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(caught, signal.SIG_DFL)
-        raise KeyboardInterrupt
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    # Whether somebody still reads there.
+    poll.register(1, 0)
+    return any(fd == control.fileno() for fd, _ in poll.poll())
 
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, end)
-        poll = select.poll()
-        poll.register(control, select.POLLIN)
-        # Whether somebody still reads there.
-        poll.register(1, 0)
-        isOver = any(fd == control.fileno() for fd, _ in poll.poll())
-    except KeyboardInterrupt:
-        isOver = False
-    if not isOver:
-        # So the child is killed.
-        control.shutdown(socket.SHUT_WR)
+
+def _result(control: socket.socket, isWanted: bool) -> int:
+    """
+    The exit status.
+
+    @param isWanted: otherwise the child is killed. It ends before this process does, for Nix goes on then.
+    """
     control.settimeout(_KILLED_SECONDS)
     try:
+        if not isWanted:
+            control.shutdown(socket.SHUT_WR)
         answer = control.recv(1)
+        # Of one that was interrupted early it may still come.
+        while answer == TAKEN:
+            answer = control.recv(1)
     except OSError:
         answer = b""
     return answer[0] if answer else 1
+
+
+def _interrupt(number: int, frame: object) -> None:
+    for caught in _CAUGHT:
+        signal.signal(caught, signal.SIG_DFL)
+    raise KeyboardInterrupt

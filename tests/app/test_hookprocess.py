@@ -186,7 +186,8 @@ def test_declines(nix):
     process = nix.start()
     assert nix.ask(process) == b"# decline-permanently\n" and process.wait(10) == 0
     nix.busy = busy
-    assert len(nix.loaded()) == 1 and nix.children() == []
+    until(lambda: nix.children() == [])
+    assert len(nix.loaded()) == 1
 
 
 def test_fails(nix):
