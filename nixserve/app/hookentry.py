@@ -13,6 +13,7 @@ does. The conversation, on a unix socket that keeps messages apart::
     TAKEN: there is one                          the argument from Nix, the numbers of descriptors, and these
     TAKEN: it has them; nothing was read yet     closes most of its own
     the exit status, in one byte
+    once more, when it has ended: this comes from the preloaded process
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ of this process. Of the pipe behind 4 that Nix has a writing end itself; to coun
 _PATIENCE = 10.0
 """Seconds for a preloaded process to be loaded and to make a child. That takes tenths of one, and milliseconds."""
 
-_KILLED_SECONDS = 5.0
-"""How long this process stays at most when it is to end, so that the child ends first."""
+_END_SECONDS = 5.0
+"""How long this process stays at most for the child to end first."""
 
 _CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
@@ -271,7 +272,8 @@ def _result(control: socket.socket, isWanted: bool) -> int:
 
     @param isWanted: otherwise the child is killed. It ends before this process does, for Nix goes on then.
     """
-    control.settimeout(_KILLED_SECONDS)
+    control.settimeout(_END_SECONDS)
+    answer = b""
     try:
         if not isWanted:
             control.shutdown(socket.SHUT_WR)
@@ -279,8 +281,12 @@ def _result(control: socket.socket, isWanted: bool) -> int:
         # Of one that was interrupted early it may still come.
         while answer == TAKEN:
             answer = control.recv(1)
+        if answer:
+            # It is told again, or there is an end, when nothing of it runs any more.
+            control.recv(1)
     except OSError:
-        answer = b""
+        # There is no end of it. What was told is so all the same.
+        pass
     return answer[0] if answer else 1
 
 
