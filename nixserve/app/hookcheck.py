@@ -147,7 +147,7 @@ def _tell(machine: Machine, report: MachineReport, facts: Mapping[str, Any]) -> 
     free = facts["freeSlots"]
     _line("slots", f"{machine.maxJobs}, of which {'an unknown number' if free is None else free} free")
     if report.clockSkew is not None:
-        _line("clock", f"{report.clockSkew:+.0f} s")
+        _line("clock", f"{round(report.clockSkew):+d} s")
     _line("put aside", onOneLine(facts["putAside"] or ""))
     for problem in report.problems:
         _line("problem", problem)
