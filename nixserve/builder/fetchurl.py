@@ -23,7 +23,8 @@ from typing import IO, Final
 import nixserve
 from nixserve.builder.builtinjob import BuiltinFailed, BuiltinJob, logRecord, warn
 from nixserve.codec.text import encodeText
-from nixserve.store.files import deletePath, restorePath
+from nixserve.store.files import deletePath
+from nixserve.store.restoring import restorePath
 
 __all__ = ["fetchURL"]
 

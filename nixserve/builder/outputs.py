@@ -35,9 +35,10 @@ from nixserve.codec.storepath import StorePath, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.contents import HashModulo
-from nixserve.store.files import CHUNK_SIZE, canonicalisePathMetaData, deletePath, dumpPath, restorePath
+from nixserve.store.files import CHUNK_SIZE, canonicalisePathMetaData, deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.pathlocks import PathLocks
+from nixserve.store.restoring import restorePath
 from nixserve.store.validpaths import ValidPaths
 
 __all__ = ["HASH_MISMATCH", "BuiltOutputs", "OutputPlace", "Patience", "TempRooter", "registerOutputs"]

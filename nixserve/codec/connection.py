@@ -1,10 +1,10 @@
 """
-The serve protocol's states, all of them: L{ServerConnection} and L{ClientConnection}; bytes in, events out.
+A conversation in the serve protocol: L{ServerConnection} and L{ClientConnection}; bytes in, events out.
 
 Theory of operation. A connection object holds no socket and calls nobody. Its owner feeds it what arrives
 (C{receiveData}, C{receiveEOF}), takes events out with C{nextEvent} until that answers L{NEED_DATA} or L{PAUSED},
-and sends the bytes that the other methods return. Where the conversation stands is one of the states below, and
-every step, whoever makes it, is a row of L{SERVER_STEPS} or L{CLIENT_SENDING} and L{CLIENT_RECEIVING}; a step
+and sends the bytes that the other methods return. Where the conversation stands is one of the states in
+L{nixserve.codec.states}, and every step, whoever makes it, is a row of a table there; a step
 without a row is an error: of the peer if it came from the wire (L{RemoteProtocolError}), ours otherwise
 (L{LocalProtocolError}). After an error the connection is dead: the protocol has no way to say "never mind".
 
@@ -18,7 +18,6 @@ first whether more of the kind follows. The client may have any number of reques
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Generator
 from typing import Any, Final, Literal
@@ -53,17 +52,22 @@ from nixserve.codec.serve import (
     writeReply,
     writeRequest,
 )
+from nixserve.codec.states import (
+    CLIENT_RECEIVING,
+    CLIENT_SENDING,
+    SERVER_POSTPONED,
+    SERVER_STEPS,
+    Machine,
+    State,
+    Step,
+)
 from nixserve.codec.storepath import StoreDir
 from nixserve.codec.wire import MAX_REQUEST_SIZE, Parse, Reader, encodeU64
 from nixserve.errors import FormatError, LocalProtocolError, RemoteProtocolError
 
 __all__ = [
-    "CLIENT_RECEIVING",
-    "CLIENT_SENDING",
     "NEED_DATA",
     "PAUSED",
-    "SERVER_POSTPONED",
-    "SERVER_STEPS",
     "ClientConnection",
     "ClientEvent",
     "EndOfExport",
@@ -82,139 +86,11 @@ __all__ = [
 ]
 
 
-# --- states -----------------------------------------------------------------------------------------------
-
-
-class State(enum.Enum):
-    """Where one direction of a conversation stands."""
-
-    MAGIC = "before the peer's magic"
-    HELLO = "before our hello"
-    VERSION = "before the peer's version"
-    IDLE = "between requests"
-    REQUEST = "inside a request"
-    NAR = "inside the NAR of a request or reply"
-    IMPORT = "between the objects of an export stream"
-    IMPORT_NAR = "inside a NAR of an export stream"
-    IMPORT_ITEM = "behind a NAR of an export stream"
-    REPLY = "before the reply"
-    STREAM = "inside a reply that is a stream"
-    CLOSED = "ended"
-    FAILED = "failed"
-
-
-class Step(enum.Enum):
-    """What can happen, received or sent."""
-
-    MAGIC = "magic"
-    HELLO = "hello"
-    VERSION = "version"
-    COMMAND = "command"
-    REQUEST = "request"
-    NAR_REQUEST = "request with a NAR"
-    IMPORT_REQUEST = "request with an export stream"
-    NAR_END = "end of NAR"
-    ITEM_START = "start of an object"
-    ITEM = "end of an object"
-    IMPORT_END = "end of the export stream"
-    REPLY = "reply"
-    POSTPONE = "postponed reply"
-    STREAM_START = "start of a stream"
-    STREAM_END = "end of a stream"
-    EOF = "end of input"
-    ERROR = "error"
-
-
-SERVER_STEPS: dict[tuple[State, Step], State] = {
-    (State.MAGIC, Step.MAGIC): State.HELLO,
-    (State.HELLO, Step.HELLO): State.VERSION,
-    (State.VERSION, Step.VERSION): State.IDLE,
-    (State.IDLE, Step.COMMAND): State.REQUEST,
-    (State.IDLE, Step.EOF): State.CLOSED,
-    (State.REQUEST, Step.REQUEST): State.REPLY,
-    (State.REQUEST, Step.NAR_REQUEST): State.NAR,
-    (State.REQUEST, Step.IMPORT_REQUEST): State.IMPORT,
-    (State.NAR, Step.NAR_END): State.REPLY,
-    (State.IMPORT, Step.ITEM_START): State.IMPORT_NAR,
-    (State.IMPORT_NAR, Step.NAR_END): State.IMPORT_ITEM,
-    (State.IMPORT_ITEM, Step.ITEM): State.IMPORT,
-    (State.IMPORT, Step.IMPORT_END): State.REPLY,
-    (State.REPLY, Step.REPLY): State.IDLE,
-    (State.REPLY, Step.POSTPONE): State.IDLE,
-    (State.REPLY, Step.STREAM_START): State.STREAM,
-    (State.STREAM, Step.STREAM_END): State.IDLE,
-}
-"""The server's side: what it receives and sends is one sequence, but for replies that it postpones."""
-
-SERVER_POSTPONED: dict[tuple[State, Step], State] = {
-    (State.IDLE, Step.REPLY): State.IDLE,
-    (State.IDLE, Step.STREAM_START): State.STREAM,
-    (State.STREAM, Step.STREAM_END): State.IDLE,
-}
-"""The server's postponed replies, independent of what it receives meanwhile, even of its end. They come before
-any other."""
-
-CLIENT_SENDING: dict[tuple[State, Step], State] = {
-    (State.HELLO, Step.HELLO): State.IDLE,
-    (State.IDLE, Step.REQUEST): State.IDLE,
-    (State.IDLE, Step.NAR_REQUEST): State.NAR,
-    (State.NAR, Step.NAR_END): State.IDLE,
-    (State.IDLE, Step.IMPORT_REQUEST): State.IMPORT,
-    (State.IMPORT, Step.ITEM_START): State.IMPORT_NAR,
-    (State.IMPORT_NAR, Step.ITEM): State.IMPORT,
-    (State.IMPORT, Step.IMPORT_END): State.IDLE,
-    (State.IDLE, Step.EOF): State.CLOSED,
-}
-"""What the client sends."""
-
-CLIENT_RECEIVING: dict[tuple[State, Step], State] = {
-    (State.MAGIC, Step.MAGIC): State.VERSION,
-    (State.VERSION, Step.VERSION): State.IDLE,
-    (State.IDLE, Step.REPLY): State.IDLE,
-    (State.IDLE, Step.STREAM_START): State.NAR,
-    (State.NAR, Step.STREAM_END): State.IDLE,
-    (State.IDLE, Step.IMPORT_REQUEST): State.IMPORT,
-    (State.IMPORT, Step.ITEM_START): State.IMPORT_NAR,
-    (State.IMPORT_NAR, Step.NAR_END): State.IMPORT_ITEM,
-    (State.IMPORT_ITEM, Step.ITEM): State.IMPORT,
-    (State.IMPORT, Step.STREAM_END): State.IDLE,
-    (State.IDLE, Step.EOF): State.CLOSED,
-}
-"""What the client receives, independent of what it sends meanwhile."""
-
 _STREAMED: Final = frozenset({Command.DUMP_STORE_PATH, Command.EXPORT_PATHS})
 """Commands whose reply is a stream."""
 
 _CHUNK = 256 * 1024
 """The largest piece of a NAR in one event."""
-
-
-class _Machine:
-    """One state, moved along one table."""
-
-    __slots__ = ("_steps", "state")
-
-    def __init__(self, state: State, steps: dict[tuple[State, Step], State]) -> None:
-        self.state = state
-        self._steps = steps
-
-    def allows(self, step: Step) -> bool:
-        """Is there a row for this step?"""
-        return (self.state, step) in self._steps
-
-    def go(self, step: Step) -> None:
-        """
-        Make a step.
-
-        @raise LocalProtocolError: the state does not allow it.
-        """
-        if step is Step.ERROR:
-            self.state = State.FAILED
-            return
-        try:
-            self.state = self._steps[self.state, step]
-        except KeyError:
-            raise LocalProtocolError(f"{step.value} is not possible {self.state.value}") from None
 
 
 class _Receiver:
@@ -304,9 +180,9 @@ class ServerConnection(_Receiver):
         super().__init__(storeDir)
         self.announced = announced
         self.version = announced
-        self._machine = _Machine(State.MAGIC, SERVER_STEPS)
+        self._machine = Machine(State.MAGIC, SERVER_STEPS)
         self._command = Command.QUERY_VALID_PATHS
-        self._replying = _Machine(State.IDLE, SERVER_POSTPONED)
+        self._replying = Machine(State.IDLE, SERVER_POSTPONED)
         self._postponed: deque[Command] = deque()
         # Replies in the stream that is being sent.
         self._streams = 0
@@ -378,7 +254,7 @@ class ServerConnection(_Receiver):
                 self._postponed.popleft()
 
     @property
-    def _replyMachine(self) -> _Machine:
+    def _replyMachine(self) -> Machine:
         """The one in which the next reply is a step."""
         return self._replying if self._postponed else self._machine
 
@@ -456,8 +332,8 @@ class ClientConnection(_Receiver):
         super().__init__(storeDir)
         self.announced = announced
         self.version: int | None = None
-        self._sending = _Machine(State.HELLO, CLIENT_SENDING)
-        self._receiving = _Machine(State.MAGIC, CLIENT_RECEIVING)
+        self._sending = Machine(State.HELLO, CLIENT_SENDING)
+        self._receiving = Machine(State.MAGIC, CLIENT_RECEIVING)
         self._unanswered: deque[Request] = deque()
         self._narLeft = 0
 

@@ -43,10 +43,11 @@ from nixserve.store.contents import (
     readDerivation,
     sizeMismatch,
 )
-from nixserve.store.files import PathRestorer, deletePath, dumpPath, restoreNar
+from nixserve.store.files import deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.opening import fileSystemErrors
 from nixserve.store.pathlocks import PathLocks
+from nixserve.store.restoring import PathRestorer, restoreNar
 from nixserve.store.roots import TempRoots
 from nixserve.store.validpaths import Outputs, ValidPaths
 

@@ -6,12 +6,8 @@ import pytest
 
 from nixserve.codec import connection, serve
 from nixserve.codec.connection import (
-    CLIENT_RECEIVING,
-    CLIENT_SENDING,
     NEED_DATA,
     PAUSED,
-    SERVER_POSTPONED,
-    SERVER_STEPS,
     ClientConnection,
     EndOfExport,
     EndOfImport,
@@ -23,7 +19,6 @@ from nixserve.codec.connection import (
     Reply,
     RequestStarted,
     ServerConnection,
-    State,
     VersionAgreed,
 )
 from nixserve.codec.serve import (
@@ -37,6 +32,7 @@ from nixserve.codec.serve import (
     QueryClosure,
     QueryValidPaths,
 )
+from nixserve.codec.states import CLIENT_RECEIVING, CLIENT_SENDING, SERVER_POSTPONED, SERVER_STEPS, State
 from nixserve.codec.wire import MAX_REQUEST_SIZE
 from nixserve.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from tests.vectors.serve.messages import (

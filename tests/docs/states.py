@@ -8,16 +8,16 @@ writes them into the page.
 
 from pathlib import Path
 
-from nixserve.codec import connection
+from nixserve.codec import states
 
 PAGE = Path(__file__).parents[2] / "docs" / "serve-protocol.md"
 BEGIN, END = "<!-- states -->\n", "<!-- end of states -->\n"
 
 TABLES = [
-    ("The server", connection.SERVER_STEPS),
-    ("The server, postponed replies", connection.SERVER_POSTPONED),
-    ("The client, sending", connection.CLIENT_SENDING),
-    ("The client, receiving", connection.CLIENT_RECEIVING),
+    ("The server", states.SERVER_STEPS),
+    ("The server, postponed replies", states.SERVER_POSTPONED),
+    ("The client, sending", states.CLIENT_SENDING),
+    ("The client, receiving", states.CLIENT_RECEIVING),
 ]
 
 

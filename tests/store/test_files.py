@@ -22,14 +22,12 @@ from nixserve.errors import FormatError, StoreError
 from nixserve.store import files
 from nixserve.store.files import (
     CHUNK_SIZE,
-    PathRestorer,
     canonicalisePathMetaData,
     deletePath,
     dumpPath,
     hashPath,
-    restoreNar,
-    restorePath,
 )
+from nixserve.store.restoring import PathRestorer, restoreNar, restorePath
 from tests.vectors.nar import trees
 from tests.vectors.nar.trees import TREES, File, Link
 
@@ -233,7 +231,8 @@ class TestRestore:
         with tempfile.TemporaryDirectory() as home:
             os.chmod(home, 0o777)
             code = (
-                "import os, sys; from nixserve.store.files import *; os.setgid(65534); os.setuid(65534)\n"
+                "import os, sys; from nixserve.store.files import *; from nixserve.store.restoring import *\n"
+                "os.setgid(65534); os.setuid(65534)\n"
                 f"os.umask({umask})\n"
                 f"restorePath({home + '/x'!r}, [sys.stdin.buffer.read()])\n"
                 f"sys.stdout.buffer.write(b''.join(dumpPath({home + '/x'!r})))\n"
