@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -364,6 +365,33 @@ def test_openToOthers(nix):
     assert nix.loaded() == nix.children() == [] and list(nix.state.glob("preloaded/*")) == []
 
 
+def test_ofOthers(nix, monkeypatch):
+    """Nor is one of another user's, nor a process of another user's that listens in ours."""
+    nix.first()
+    until(nix.loaded)
+    (path,) = nix.state.glob("preloaded/*")
+    ours, environ = hookentry.Preloaded(str(path), 60), {"NIXSERVE_HOOK_STATE": str(nix.state)}
+    assert hookentry.Preloaded.find(environ) is not None
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert ours._connect() is None
+    assert hookentry.Preloaded.find(environ) is None
+
+
+def test_endsBehindTheChild():
+    """The status is known when nothing of the child runs any more, not when it has told it."""
+    control, theirs = hookentry.socket.socketpair(hookentry.socket.AF_UNIX, hookentry.socket.SOCK_SEQPACKET)
+    results = []
+    waiting = threading.Thread(target=lambda: results.append(hookentry._result(control, True)))
+    waiting.start()
+    theirs.send(b"\7")
+    waiting.join(0.2)
+    assert results == []
+    theirs.close()
+    waiting.join(10)
+    assert results == [7]
+    control.close()
+
+
 def test_inheritedGroup(nix):
     """A directory whose group is inherited is as private as another."""
     nix.state.mkdir()
@@ -407,6 +435,7 @@ def test_stopped(nix, monkeypatch):
     os.kill(loaded, signal.SIGSTOP)
     assert preloaded._connect() is None
     os.kill(loaded, signal.SIGCONT)
+    monkeypatch.undo()
     control = preloaded._connect()
     assert control is not None
     control.close()
