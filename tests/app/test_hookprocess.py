@@ -251,10 +251,21 @@ def test_endIsTheLast(nix):
 def test_hookKilled(nix):
     """The sudden death of the hook process ends its child, and no other."""
     first, killed, other = nix.first(), nix.waiting(), nix.waiting()
-    killed.kill()
+    os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait(10) == -signal.SIGKILL
     until(lambda: len(nix.children()) == 1)
     assert first.poll() is None and other.poll() is None
+
+
+def test_firstKilled(nix):
+    """Nix kills the group of a hook process; what the first one has had loaded is for the others all the same."""
+    first = nix.first()
+    until(nix.loaded)
+    loaded = nix.loaded()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    nix.waiting()
+    assert nix.loaded() == loaded and len(nix.children()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
