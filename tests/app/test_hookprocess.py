@@ -20,10 +20,11 @@ from nixserve.app import hookentry, statedirs
 from nixserve.app.preloaded import CHILD_NAME, LOADED_NAME
 from nixserve.codec.wire import encodeString, encodeU64
 from tests.hook.hooksupport import otherProcess
+from tests.interop.stores import isLocked
 from tests.interop.watching import until
 
-MACHINE = "ssh://machine.invalid x86_64-linux - 1"
-"""Nobody ever connects to it: its one slot is busy."""
+MACHINE = "ssh://machine.invalid x86_64-linux - 2"
+"""Nobody ever connects to it: its slots are busy, or Nix does not say what a build needs."""
 
 
 def settings(**values):
@@ -58,9 +59,20 @@ class Nix:
         self.busy = None
 
     def occupy(self):
-        """Have the slot, so that builds are accepted and wait."""
-        self.busy = os.open(self.root / "nix/var/nix/current-load/ssh:__machine.invalid-0", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(self.busy, fcntl.LOCK_EX)
+        """Have the slots, so that builds are accepted and wait."""
+        self.busy = [os.open(path, os.O_RDWR | os.O_CREAT) for path in self.slots]
+        for fd in self.busy:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+
+    def release(self):
+        """Have them no more."""
+        while self.busy:
+            os.close(self.busy.pop())
+
+    @property
+    def slots(self):
+        """Their files."""
+        return [self.root / f"nix/var/nix/current-load/ssh:__machine.invalid-{number}" for number in range(2)]
 
     def start(self, *options, **environ):
         """
@@ -139,7 +151,7 @@ class Nix:
         for pid in self.loaded():
             os.kill(pid, signal.SIGKILL)
         if self.busy is not None:
-            os.close(self.busy)
+            self.release()
 
 
 def pids():
@@ -306,6 +318,26 @@ def test_loadedKilled(nix):
     assert hook.wait(10) != 0
 
 
+def test_loadedKilledEarly(nix):
+    """A child tells its status itself."""
+    nix.first()
+    nix.busy, busy = None, nix.busy
+    hook = nix.start()
+    until(nix.children)
+    os.kill(nix.loaded()[0], signal.SIGKILL)
+    until(lambda: not nix.loaded())
+    assert nix.ask(hook) == b"# decline-permanently\n" and hook.wait(10) == 0
+    nix.busy = busy
+
+
+def test_turns(nix):
+    """Builds that wait take slots as soon as they are free, one after the other."""
+    nix.first()
+    nix.waiting()
+    nix.release()
+    until(lambda: all(map(isLocked, nix.slots)))
+
+
 def test_nixIsGone(nix):
     """If Nix was killed, hook processes end whatever their children wait for."""
     nix.first()
@@ -325,6 +357,25 @@ def test_endsAfterAWhile(nix):
     assert list(nix.state.glob("preloaded/*")) == []
 
 
+def test_socketOfAnother(nix):
+    """At its end it removes no socket that another one has put in the place of its own."""
+    nix.first(NIXSERVE_HOOK_SHARE="1").kill()
+    until(nix.loaded)
+    (path,) = nix.state.glob("preloaded/*")
+    path.rename(path.with_name("old"))
+    path.touch()
+    until(lambda: not nix.loaded(), 10)
+    assert path.exists()
+
+
+def test_otherEnvironment(nix):
+    """Where the parent is no Nix, hooks may differ in more than their descriptors: then they share nothing."""
+    nix.first()
+    nix.waiting(NIX_SSHOPTS="-p 1")
+    assert nix.children() == []
+    until(lambda: len(nix.loaded()) == 2)
+
+
 def test_endsWithNix(nix):
     """The preloaded process ends with its Nix, however that ends; and it is no other's."""
     nix.first()
@@ -342,8 +393,8 @@ def test_endsWithNix(nix):
     program = Path(sys.executable).with_name("nixserve-hook")
     said = settings(store=str(nix.root), builders=MACHINE, system="x86_64-linux", max_jobs="0") + question()
     with otherProcess(code, program, said.hex(), nix.state):
-        until(lambda: len(nix.loaded()) == 2)
-    until(lambda: nix.loaded() == [ours])
+        until(lambda: len(nix.loaded()) == 2, 20)
+    until(lambda: nix.loaded() == [ours], 20)
 
 
 def test_leftovers(nix):
@@ -430,9 +481,13 @@ def test_fewDescriptors(nix):
     """A hook process whose descriptors do not reach the child does the work itself."""
     nix.first()
     until(nix.loaded)
+    (path,) = nix.state.glob("preloaded/*")
+    before = path.stat().st_ino
     resource.prlimit(nix.loaded()[0], resource.RLIMIT_NOFILE, (10, 10))
     nix.waiting()
     assert nix.children() == [] and len(nix.loaded()) == 1
+    # And has no other one loaded for each build.
+    assert path.stat().st_ino == before
 
 
 def test_stopped(nix, monkeypatch):

@@ -106,3 +106,8 @@ def test_private(queue, tmp_path):
     os.symlink("/etc/passwd", tmp_path / "other")
     with pytest.raises(StoreError, match=f"cannot use the directory '{tmp_path}/other'"):
         Queue(str(tmp_path / "other"), "/nix/var/nix").take(ONE)
+    (tmp_path / "other").unlink()
+    (tmp_path / "other").mkdir()
+    os.symlink("/etc/passwd", tmp_path / "other" / "all-0")
+    with pytest.raises(StoreError, match="Too many levels of symbolic links"):
+        Queue(str(tmp_path / "other"), "/nix/var/nix").take(ONE)

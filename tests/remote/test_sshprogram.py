@@ -253,6 +253,18 @@ async def test_openDirectory(tmp_path):
 
 
 @pytest_twisted.ensureDeferred
+async def test_linkedDirectory(tmp_path):
+    """A link may lead anywhere tomorrow."""
+    fake = FakeSSH(tmp_path)
+    (tmp_path / "d").mkdir(0o700)
+    (tmp_path / "link").symlink_to("d")
+    master = SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(tmp_path / "link"))
+    with pytest.raises(CannotConnect, match="is open to others"):
+        await master.start()
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+@pytest_twisted.ensureDeferred
 async def test_noDirectory(tmp_path):
     """One that cannot be made is named."""
     (tmp_path / "file").touch()
