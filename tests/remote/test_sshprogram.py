@@ -142,6 +142,8 @@ async def test_master(tmp_path):
     control = ["-S", master.controlPath, "--", "host"]
     assert check[:2] == ["-O", "check"] and check[-4:] == control
     assert start[:4] == ["-f", "-N", "-oControlMaster=yes", "-oControlPersist=7"] and start[-4:] == control
+    # So it never sleeps for long over the end of a session; and it waits as long for the network as others do.
+    assert start[4:6] == ["-oServerAliveInterval=5", "-oServerAliveCountMax=9"]
     assert session[-5:] == [*control, "nix-store --serve --write"]
     assert stop[:2] == ["-O", "exit"] and stop[-4:] == control
     assert all(call["known"] == [f"* {KEY}\n"] for call in fake.calls())
