@@ -84,7 +84,10 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
     """One connection, with the limits on its login."""
 
     version = b"nixserve"
-    ourVersionString = b"SSH-2.0-nixserve"
+    # OpenSSH's client tells a server whose name begins like this, and no other, that whoever read from it is gone
+    # ("eow@openssh.com"; compat.c of 9.2: SSH_NEW_OPENSSH). Without that, the ssh of a Nix that was killed takes what
+    # is left of a download, gigabytes perhaps, and throws it away, and meanwhile its session goes on.
+    ourVersionString = b"SSH-2.0-OpenSSHlike_nixserve"
 
     factory: ServeFactory
 

@@ -195,21 +195,20 @@ def test_uploadingCopyDies(nix, service, directory):
 def test_slowReaderDies(nix, service):
     """
     Whoever reads from ssh stops and then dies; its ssh does not. The window is used up, and ssh never opens it again,
-    nor does it close the channel: all that it says is EOF, and only to a server that calls itself OpenSSH it would say
-    that nobody reads any more.
+    nor does it close the channel: it says EOF, and to a server that looks like OpenSSH that nobody reads any more.
     """
     with connected(nix, service) as (session, process):
         beginDownload(session, service.big, MIB)
         time.sleep(1)
         process.stdin.close()
         process.stdout.close()
-        assertFree(service, service.big, FREE)
+        assertFree(service, service.big)
 
 
 def test_downloadingCopyDies(nix, service, directory):
     """
-    Real C{nix copy} is killed while it reads, its ssh is not. That takes the rest and throws it away, or nothing more,
-    as in L{test_slowReaderDies}.
+    Real C{nix copy} is killed while it reads, its ssh is not. That says so, as in L{test_slowReaderDies}; if it did
+    not, it would take the rest and throw it away, for as long as that may last.
     """
     interrupt(
         nix.start(
@@ -220,7 +219,7 @@ def test_downloadingCopyDies(nix, service, directory):
         ),
         physical(directory / "target", service.big),
     )
-    assertFree(service, service.big, FREE)
+    assertFree(service, service.big)
     assertWorks(service)
 
 
