@@ -184,17 +184,18 @@ class TestEnd:
         script = f"""daemon() {{
                 setsid sh -c 'echo $$ >> {pids}; sleep 60 & echo $! >> {pids}; wait' </dev/null >/dev/null 2>&1 &
             }}
-            daemon; (daemon); (setsid sh -c '(setsid sleep 60 & echo $! >> {pids})' >/dev/null 2>&1 &); sleep 0.5"""
+            daemon; (daemon); (setsid sh -c '(setsid sleep 60 & echo $! >> {pids})' >/dev/null 2>&1 &)
+            until [ $(wc -l <{pids}) = 5 ]; do sleep 0.05; done"""
         started = time.monotonic()
         assert place.run(script).success
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
         found = pids.read_text().split()
         assert len(found) == 5
         assert all(gone(pid, 1) for pid in found)
 
     def test_silence(self, run):
         """Time without output runs out; any byte starts it again."""
-        outcome = run("for i in 1 2 3; do printf .; sleep 0.5; done; sleep 20", limits=Limits(maxSilentTime=1))
+        outcome = run("for i in 1 2 3; do printf .; sleep 0.7; done; sleep 60", limits=Limits(maxSilentTime=2))
         assert (outcome.ending, outcome.code) == (Ending.SILENCE, 0)
         assert outcome.logSize == 3
 
@@ -202,7 +203,7 @@ class TestEnd:
         """Time runs out for a builder that never stops writing, too."""
         started = time.monotonic()
         assert run("while :; do echo x; done", limits=Limits(timeout=1)).ending is Ending.TIMEOUT
-        assert 1 <= time.monotonic() - started < 4
+        assert 1 <= time.monotonic() - started < 10
 
     @pytest.mark.parametrize(("size", "ending"), [(1000, Ending.EXIT), (1001, Ending.LOG_LIMIT)])
     def test_logLimit(self, place, size, ending):
@@ -223,7 +224,7 @@ class TestEnd:
         threading.Timer(0.3, cancel.cancel).start()
         started = time.monotonic()
         assert run("sleep 30", cancel=cancel).ending is Ending.CANCELLED
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
         assert cancel.cancelled
         assert run("sleep 30", cancel=cancel).ending is Ending.CANCELLED
         cancel.cancel()

@@ -59,14 +59,14 @@ def withoutOrigin(known):
 def assertNothingLeft(farm):
     """No process, no slot, no lock, no temporary root of a run is left."""
     until(lambda: not [line for line in processes(str(farm.directory)).values() if "--serve" in line], 10)
-    until(lambda: not hookProcesses(farm.state), 5)
+    until(lambda: not hookProcesses(farm.state), 10)
     # Nix has ended, and with it what was loaded for it.
     assert not list(farm.state.glob("preloaded/*"))
     assert not any(map(isLocked, (farm.root / "nix/var/nix/current-load").glob("*")))
     assert not any(map(isLocked, physical(farm.root, "/nix/store").glob("*.lock")))
     for machine in farm.machines:
         if machine.root is not None:
-            until(lambda root=machine.root: not any(map(isLocked, root.glob("nix/var/nix/temproots/*"))), 5)
+            until(lambda root=machine.root: not any(map(isLocked, root.glob("nix/var/nix/temproots/*"))), 10)
 
 
 def realisations(root):

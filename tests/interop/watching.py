@@ -43,7 +43,7 @@ class Peak:
         self._thread.join()
 
 
-def until(condition, seconds=5.0, message="it did not come true"):
+def until(condition, seconds=20.0, message="it did not come true"):
     """Wait until a condition holds, and fail if it takes longer than C{seconds}."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -260,7 +260,7 @@ def test_silentCollector(layout, roots):
         before = time.monotonic()
         with pytest.raises(Busy, match="answer"):
             roots.addTempRoots(PATHS[:2])
-        assert time.monotonic() - before < 0.5
+        assert time.monotonic() - before < 5
     assert sorted(collector.told) == PATHS[:2]
     collector.end()
     roots.addTempRoots(PATHS[:2])
