@@ -7,13 +7,18 @@ src/libstore/local-store.cc: addToStore; export-import.cc):
   1. what is said about the object is checked; nothing is written for what cannot be;
   2. temporary root; only then
   3. valid already? the NAR is dropped, nothing is compared;
-  4. path lock; 5. valid now?
-  6. what lies at the place is removed: it is nobody's, since the path is not valid and the lock is ours;
-  7. the NAR is restored, in canonical form, hashed as it passes;
-  8. hash, size, content address, for a derivation its outputs;
+  4. the NAR is restored under a name of its own, in canonical form, hashed as it passes;
+  5. hash, size and content address are compared;
+  6. path lock; 7. valid now?
+  8. what lies at the path is removed: it is nobody's, since the path is not valid and the lock is ours; the object gets
+     its name, and for a derivation its outputs are checked;
   9. one transaction makes it valid; 10. unlock.
 
-A failure from 6 on leaves the object without a row, and the lock file, empty. So does Nix.
+Nix takes the lock before it restores. Its sender is as a rule a person with an own process; ours is anybody, who may
+send a byte an hour. So no lock is held while somebody else is to act: whoever has sent everything is done, whatever
+others do at the same path.
+
+A failure from 8 on leaves the object without a row, and the lock file, empty. So does Nix.
 
 Several small objects go through each step together, so that a step that costs much by itself, the transaction above
 all, is made once for all of them. Nobody waits for a lock meanwhile: the first one that is held ends the batch.
@@ -24,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from nixserve.codec import base32
@@ -49,6 +55,7 @@ from nixserve.store.opening import fileSystemErrors
 from nixserve.store.pathlocks import PathLocks
 from nixserve.store.restoring import PathRestorer, restoreNar
 from nixserve.store.roots import TempRoots
+from nixserve.store.uploads import Uploads, UploadWait
 from nixserve.store.validpaths import Outputs, ValidPaths
 
 __all__ = ["MAX_BATCH", "Adder", "LocalImportWriter", "LocalPathWriter"]
@@ -57,20 +64,55 @@ MAX_BATCH: Final = 64
 """Objects in one transaction. Each holds a lock, and that a descriptor, of which a process may have a thousand and
 needs some for every session; more would not make the transaction cheaper by a hundredth."""
 
-#: The name of what is being imported while its path is not known. A random hash part stands before it.
+#: The name of what is on its way. A random hash part stands before it.
 _SCRATCH_NAME: Final = "nixserve-import"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """
+    Where an object is restored. To be left with one of the methods.
+
+    @ivar path: physical.
+    @ivar lock: of this path.
+    """
+
+    path: str
+    lock: PathLocks
+
+    def clear(self) -> None:
+        """The object is not wanted. If it cannot be removed it is in nobody's way: a collector will."""
+        try:
+            deletePath(self.path)
+        except StoreError:
+            self.lock.abandon()
+        else:
+            self.lock.unlock()
+
+    def rename(self, target: str) -> None:
+        """
+        Give the object its name. Directories of mode 0555 can be renamed by their owner as long as they stay in the
+        same directory; only a new C{..} would have to be written into them.
+
+        @raise StoreError: the file system refuses.
+        """
+        with fileSystemErrors(f"cannot rename '{self.path}'"):
+            os.rename(self.path, target)
+        self.lock.unlock()
 
 
 class Adder:
     """
     What one session adds objects with. Calls must not overlap.
 
+    @ivar uploads: what all sessions of the store are being sent.
     @ivar unfinished: the writers that were neither finished nor aborted.
     @ivar lockedForUs: paths whose locks somebody else holds so that we may add them.
     """
 
-    def __init__(self, layout: StoreLayout, validPaths: ValidPaths, roots: TempRoots) -> None:
+    def __init__(self, layout: StoreLayout, validPaths: ValidPaths, roots: TempRoots, uploads: Uploads) -> None:
         self.layout = layout
+        self.uploads = uploads
         self.roots = roots
         self.lockedForUs: set[StorePath] = set()
         self.unfinished: set[LocalPathWriter | LocalImportWriter] = set()
@@ -79,26 +121,30 @@ class Adder:
         self._memo: DerivationMemo = {}
         hashPart = base32.encode(os.urandom(20))
         self._scratch = StorePath(f"{layout.storeDir.path}/{hashPart}-{_SCRATCH_NAME}")
-        self._imports = 0
+        self._places = 0
+        self._courtesy = UploadWait(uploads)
 
     def addToStore(self, info: ValidPathInfo) -> PathWriter:
         """
-        Steps 1 to 6.
+        Steps 1 to 3.
 
-        @raise Busy: a collector is at work, or somebody is adding this path; call again.
+        @raise Busy: a collector is at work, or somebody else is sending this path and it is worth waiting for that;
+            call again.
         @raise StoreError: it cannot be added.
         """
         checkNewInfo(info, self.layout.storeDir)
-        lock = self.lockInvalid(info.path)
-        if lock is None:
+        self.roots.addTempRoots([info.path, self._scratch])
+        if self._validPaths.isAnyValid([info.path]):
             return DrainingWriter(info)
+        self._courtesy.wait(info.path)
+        place = self._takePlace()
         try:
-            restorer = PathRestorer(self.layout.realPath(info.path), info.narSize)
+            writer = LocalPathWriter(self, info, place, PathRestorer(place.path, info.narSize))
         except BaseException:
-            lock.abandon()
+            place.lock.abandon()
             raise
-        writer = LocalPathWriter(self, info, lock, restorer)
         self.unfinished.add(writer)
+        self.uploads.begin(info.path, writer)
         return writer
 
     def addSmallPaths(self, objects: Sequence[tuple[ValidPathInfo, bytes]]) -> int:
@@ -158,7 +204,7 @@ class Adder:
         stack: contextlib.ExitStack,
     ) -> Iterator[tuple[ValidPathInfo, bytes]]:
         """
-        Step 4: those in front of the first whose lock is not to be had.
+        Step 6: those in front of the first whose lock is not to be had.
 
         @param locks: added to, for those that are not in C{valid}.
         @param stack: abandons them.
@@ -172,7 +218,7 @@ class Adder:
 
     def _lock(self, path: StorePath) -> PathLocks:
         """
-        Step 4. Of a path that is locked for us there is nothing to take and nothing to release.
+        Step 6. Of a path that is locked for us there is nothing to take and nothing to release.
 
         @raise Busy: somebody holds it.
         """
@@ -180,7 +226,7 @@ class Adder:
 
     def _make(self, info: ValidPathInfo, nar: bytes, valid: Collection[StorePath]) -> Outputs:
         """
-        Steps 6 to 8 for an object that is there whole, what it says checked before it is written.
+        Steps 4, 5 and 8 for an object that is there whole, what it says checked before it is written.
 
         @return: what is registered about its outputs, if it is a derivation.
         @raise StoreError: something does not match, or the file system refuses.
@@ -200,25 +246,39 @@ class Adder:
         """
         Begin to restore an object whose path will be known after its NAR.
 
-        Its place meanwhile bears the name of an object, one that is not valid and has a temporary root. Any other name
-        in the store directory, C{tmp-…} too, is junk for a collector, which some versions remove at once.
-
         @raise Busy: a collector is at work; call again.
         """
-        # Roots count by hash part, so one does for all imports of the session.
-        self.roots.addTempRoots([self._scratch])
-        self._imports += 1
-        place = self.layout.realPath(StorePath(f"{self._scratch}-{self._imports}"))
-        writer = LocalImportWriter(self, place, PathRestorer(place))
+        place = self._takePlace()
+        try:
+            writer = LocalImportWriter(self, place, PathRestorer(place.path))
+        except BaseException:
+            place.lock.abandon()
+            raise
         self.unfinished.add(writer)
         return writer
 
+    def _takePlace(self) -> _Place:
+        """
+        Where an object is restored before it gets its path.
+
+        Its place bears the name of an object, one that is not valid and has a temporary root. Any other name in the
+        store directory, C{tmp-…} too, is junk for a collector, which some versions remove at once. Nobody can guess it,
+        but whoever has an account here can read it and add an object of that name: therefore it is locked.
+
+        @raise Busy: a collector is at work.
+        """
+        # Roots count by hash part, so one does for the whole session.
+        self.roots.addTempRoots([self._scratch])
+        self._places += 1
+        path = self.layout.realPath(StorePath(f"{self._scratch}-{self._places}"))
+        return _Place(path, PathLocks([path]))
+
     def lockInvalid(self, path: StorePath) -> PathLocks | None:
         """
-        Steps 2 to 6.
+        Steps 2, 3, and 6 to 8.
 
         @return: the lock of a path that is not valid and where nothing lies; C{None} if it is valid.
-        @raise Busy: as L{addToStore}.
+        @raise Busy: a collector is at work, or somebody has the lock.
         """
         self.roots.addTempRoots([path])
         if self._validPaths.isAnyValid([path]):
@@ -236,7 +296,7 @@ class Adder:
 
     def register(self, info: ValidPathInfo) -> None:
         """
-        Steps 8, for what the object says itself, and 9.
+        Steps 8, for what a derivation says itself, and 9.
 
         @raise Busy: others are writing to the database; call again.
         @raise InvalidPath: a reference is not valid.
@@ -262,23 +322,74 @@ class Adder:
         return readDerivation(path, dumpPath(self.layout.realPath(path)), self.layout.storeDir)
 
 
-class LocalPathWriter:
+class _Writer:
     """
-    L{nixserve.store.api.PathWriter} of a path that is not valid yet. Holds its lock until it ends.
+    An object on its way. It holds no lock but that of the place where it is restored.
+    """
+
+    def __init__(self, adder: Adder, place: _Place, restorer: PathRestorer) -> None:
+        self._adder = adder
+        self._place: _Place | None = place
+        self._restorer = restorer
+        self._restored = False
+        self._lock: PathLocks | None = None
+
+    @property
+    def received(self) -> int:
+        """Bytes that have come."""
+        return self._restorer.narSize
+
+    def abort(self) -> None:
+        """Give up. What has no name yet is removed; what has its own stays, without a row."""
+        self._adder.unfinished.discard(self)
+        self._restorer.abort()
+        if self._place is not None:
+            self._place.clear()
+            self._place = None
+        if self._lock is not None:
+            self._lock.abandon()
+
+    def _restore(self) -> str:
+        """
+        The end of step 4.
+
+        @return: where the object is.
+        """
+        assert self._place is not None, "it has not been named"
+        self._restorer.finish()
+        return self._place.path
+
+    def _install(self, info: ValidPathInfo) -> None:
+        """
+        Steps 6 to 10. After L{Busy} it goes on where it was.
+        """
+        if self._place is not None:
+            self._lock = self._adder.lockInvalid(info.path)
+            if self._lock is None:
+                self.abort()
+                return
+            self._place.rename(self._adder.layout.realPath(info.path))
+            self._place = None
+        assert self._lock is not None, "it has been taken before the object got its name"
+        self._adder.register(info)
+        self._adder.unfinished.discard(self)
+        self._lock.unlock()
+
+
+class LocalPathWriter(_Writer):
+    """
+    L{nixserve.store.api.PathWriter} of a path that is not valid yet.
     """
 
     alreadyValid = False
 
-    def __init__(self, adder: Adder, info: ValidPathInfo, lock: PathLocks, restorer: PathRestorer) -> None:
-        self._adder = adder
+    def __init__(self, adder: Adder, info: ValidPathInfo, place: _Place, restorer: PathRestorer) -> None:
+        super().__init__(adder, place, restorer)
         self._info = info
-        self._lock = lock
-        self._restorer = restorer
-        self._checked = False
 
     def feed(self, data: bytes) -> None:
         """
-        Step 7.
+        Take the next bytes of the NAR.
 
         @raise FormatError: this is no NAR.
         @raise StoreError: more bytes than announced, the file system refuses, or the writer has ended.
@@ -295,50 +406,40 @@ class LocalPathWriter:
 
     def finish(self) -> None:
         """
-        Steps 8 to 10.
+        Steps 5 to 10.
 
-        @raise Busy: others have been writing to the database for L{nixserve.store.database.PATIENCE}; call again.
+        @raise Busy: a collector is at work, somebody has the lock of this path, or others have been writing to the
+            database for L{nixserve.store.database.PATIENCE}; call again.
         @raise FormatError: the NAR is not complete.
         @raise StoreError: something does not match, or a reference is not valid.
         """
         try:
             self._adder.requireUnfinished(self)
-            if not self._checked:
-                self._check()
-                self._checked = True
-            self._adder.register(self._info)
+            if not self._restored:
+                self._check(self._restore())
+                self._restored = True
+            self._install(self._info)
         except Busy:
             raise
         except BaseException:
             self.abort()
             raise
-        self._adder.unfinished.discard(self)
-        self._lock.unlock()
+        self._adder.uploads.end(self._info.path, self)
 
     def abort(self) -> None:
-        """Give up: the object stays as it is, without a row, and the lock is free."""
-        self._adder.unfinished.discard(self)
-        self._restorer.abort()
-        self._lock.abandon()
+        """As L{_Writer.abort}."""
+        self._adder.uploads.end(self._info.path, self)
+        super().abort()
 
-    def _check(self) -> None:
-        restorer = self._restorer
-        restorer.finish()
-        checkNar(self._info, restorer.narHash, restorer.narSize)
-        checkContentAddress(self._info, lambda: dumpPath(self._adder.layout.realPath(self._info.path)))
+    def _check(self, place: str) -> None:
+        checkNar(self._info, self._restorer.narHash, self._restorer.narSize)
+        checkContentAddress(self._info, lambda: dumpPath(place))
 
 
-class LocalImportWriter:
+class LocalImportWriter(_Writer):
     """
-    L{nixserve.store.api.ImportWriter}: the object is complete before its path is known, and is then renamed.
+    L{nixserve.store.api.ImportWriter}.
     """
-
-    def __init__(self, adder: Adder, place: str, restorer: PathRestorer) -> None:
-        self._adder = adder
-        self._place: str | None = place
-        self._restorer = restorer
-        self._restored = False
-        self._lock: PathLocks | None = None
 
     def feed(self, data: bytes) -> None:
         """
@@ -366,50 +467,13 @@ class LocalImportWriter:
         """
         try:
             self._adder.requireUnfinished(self)
-            self._finish(path, frozenset(references), deriver)
+            if not self._restored:
+                self._restore()
+                self._restored = True
+            restorer = self._restorer
+            self._install(ValidPathInfo(path, restorer.narHash, restorer.narSize, frozenset(references), deriver))
         except Busy:
             raise
         except BaseException:
             self.abort()
             raise
-
-    def abort(self) -> None:
-        """Give up. What was restored under the temporary name is removed; what has its own stays, without a row."""
-        self._adder.unfinished.discard(self)
-        self._restorer.abort()
-        self._removePlace()
-        if self._lock is not None:
-            self._lock.abandon()
-
-    def _finish(self, path: StorePath, references: frozenset[StorePath], deriver: StorePath | None) -> None:
-        if not self._restored:
-            self._restorer.finish()
-            self._restored = True
-        if self._lock is None:
-            self._lock = self._adder.lockInvalid(path)
-            if self._lock is None:
-                self._adder.unfinished.discard(self)
-                self._removePlace()
-                return
-            self._rename(path)
-        info = ValidPathInfo(path, self._restorer.narHash, self._restorer.narSize, references, deriver)
-        self._adder.register(info)
-        self._adder.unfinished.discard(self)
-        self._lock.unlock()
-
-    def _rename(self, path: StorePath) -> None:
-        """
-        Give the object its name. Directories of mode 0555 can be renamed by their owner as long as they stay in the
-        same directory; only a new C{..} would have to be written into them.
-        """
-        assert self._place is not None
-        with fileSystemErrors(f"cannot rename '{self._place}'"):
-            os.rename(self._place, self._adder.layout.realPath(path))
-        self._place = None
-
-    def _removePlace(self) -> None:
-        if self._place is not None:
-            place, self._place = self._place, None
-            # It is in nobody's way: the next collector removes what is left.
-            with contextlib.suppress(StoreError):
-                deletePath(place)

@@ -160,9 +160,10 @@ class StoreSession(Protocol):
 
     def addToStore(self, info: ValidPathInfo) -> PathWriter:
         """
-        Begin to add an object: temporary root, lock, leftovers removed.
+        Begin to add an object, which becomes a temporary root.
 
-        @raise Busy: a collector is at work, or somebody else is adding this path; call again.
+        @raise Busy: a collector is at work, or somebody else is adding this path and it is worth waiting for that;
+            call again.
         @raise StoreError: the path is of another store directory, its size is unknown, or the content address
             does not give it.
         @raise nixserve.errors.FormatError: a signature is malformed.

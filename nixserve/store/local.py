@@ -31,6 +31,7 @@ from nixserve.store.files import dumpPath
 from nixserve.store.layout import StoreDefaults, StoreLayout, parseStoreURI
 from nixserve.store.opening import RESERVED_SIZE, prepareDirectories
 from nixserve.store.roots import TempRoots
+from nixserve.store.uploads import Uploads
 from nixserve.store.validpaths import ValidPaths
 
 __all__ = ["LocalSession", "LocalStore"]
@@ -60,6 +61,7 @@ class LocalStore:
         prepareDirectories(layout, reservedSize)
         self.database = Database(layout)
         self.validPaths = ValidPaths(self.database, layout.storeDir)
+        self._uploads = Uploads()
         self._closed = False
         self._sessions: set[LocalSession] = set()
         # Guards the two above; never held during I/O.
@@ -78,7 +80,7 @@ class LocalStore:
         with self._mutex:
             if self._closed:
                 raise StoreError(f"the store in '{self.layout.stateDir}' is closed")
-            session = LocalSession(self.layout, self.validPaths, self._forget)
+            session = LocalSession(self.layout, self.validPaths, self._uploads, self._forget)
             self._sessions.add(session)
         return session
 
@@ -104,8 +106,15 @@ class LocalSession:
     Sessions share the database and nothing else: none waits for what another does.
     """
 
-    def __init__(self, layout: StoreLayout, validPaths: ValidPaths, onClose: Callable[[LocalSession], None]) -> None:
+    def __init__(
+        self,
+        layout: StoreLayout,
+        validPaths: ValidPaths,
+        uploads: Uploads,
+        onClose: Callable[[LocalSession], None],
+    ) -> None:
         """
+        @param uploads: what all sessions of the store are being sent.
         @param onClose: called once, when everything has been freed.
         """
         self._layout = layout
@@ -113,7 +122,7 @@ class LocalSession:
         self._onClose = onClose
         self._closed = False
         self._roots = TempRoots(layout, self._isInDanger)
-        self._adder = Adder(layout, validPaths, self._roots)
+        self._adder = Adder(layout, validPaths, self._roots, uploads)
         self._streams: weakref.WeakSet[Generator[bytes, None, None]] = weakref.WeakSet()
 
     @property

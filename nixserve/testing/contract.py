@@ -287,28 +287,27 @@ class StoreContract(ObjectContract, SmallPathsContract):
         self.assertEqual(b"".join(self.session.narFromPath(path)), self.HELLO)
 
     def test_importBusy(self) -> None:
-        """While another session adds the path, finishing an import asks to come back, and then succeeds."""
+        """While somebody else adds the path, finishing an import asks to come back, and then succeeds."""
         info = makeInfo("x", self.HELLO)
-        other = self.store.openSession()
-        blocker = other.addToStore(info)
+        release = self.hold(info)
         writer = self.session.importPath()
         writer.feed(self.HELLO)
         with self.assertRaises(Busy):
             writer.finish(info.path, [], None)
-        blocker.abort()
+        release()
         writer.finish(info.path, [], None)
         self.assertTrue(self.isValid(info.path))
 
     def test_importBusyToTheEnd(self) -> None:
         """An import that was still asked to come back when its session ended is not finished afterwards."""
         info = makeInfo("x", self.HELLO)
-        blocker = self.store.openSession().addToStore(info)
+        release = self.hold(info)
         writer = self.session.importPath()
         writer.feed(self.HELLO)
         with self.assertRaises(Busy):
             writer.finish(info.path, [], None)
         self.session.close()
-        blocker.abort()
+        release()
         with self.assertRaises(StoreError):
             writer.finish(info.path, [], None)
         self.assertFalse(self.isValid(info.path))

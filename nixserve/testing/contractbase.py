@@ -5,7 +5,7 @@ What the parts of the contract of a store have in common.
 from __future__ import annotations
 
 import unittest
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
@@ -56,6 +56,15 @@ class StoreCase(_Suite):
         Collect what is not rooted. Tests of roots are skipped unless this is overridden.
         """
         raise unittest.SkipTest("this store has no collector")
+
+    def hold(self, info: ValidPathInfo) -> Callable[[], None]:
+        """
+        Have the lock of a path, as somebody else who is adding it. A store whose sessions hold none while their peers
+        are sending overrides this.
+
+        @return: gives it back.
+        """
+        return self.store.openSession().addToStore(info).abort
 
     def told(self, info: ValidPathInfo) -> ValidPathInfo:
         """

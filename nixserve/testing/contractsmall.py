@@ -148,17 +148,15 @@ class SmallPathsContract(StoreCase):
         self.assertTrue(self.isValid(other.path))
 
     def test_addSmallPathsLocked(self) -> None:
-        """One that another session is adding ends the batch; in front it asks to come back, and keeps no lock."""
+        """One that somebody else is adding ends the batch; in front it asks to come back, and keeps no lock."""
         infos = [makeInfo(name, self.HELLO) for name in ("a", "b", "c")]
         objects = [(info, self.HELLO) for info in infos]
-        other = self.store.openSession()
-        writer = other.addToStore(infos[1])
+        release = self.hold(infos[1])
         self.assertEqual(self.session.addSmallPaths(objects), 1)
         with self.assertRaises(Busy):
             self.session.addSmallPaths(objects[1:])
-        other.addToStore(infos[2]).abort()
-        writer.feed(self.HELLO)
-        writer.finish()
+        self.hold(infos[2])()
+        release()
         self.assertEqual(self.session.addSmallPaths(objects[1:]), 2)
         self.assertEqual(self.session.queryValidPaths([info.path for info in infos]), {info.path for info in infos})
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 
 from nixserve.codec.hashes import hashBytes
+from nixserve.codec.nar import regularStart
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError, UsageError
 from nixserve.store import adding
@@ -22,6 +23,7 @@ from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.store.pathlocks import PathLocks
+from nixserve.store.uploads import LONGEST_WAIT, LOOK_SECONDS, WORTHWHILE
 from nixserve.testing import Executable, StoreContract, addObject, makeInfo, makeNar
 
 HELLO = makeNar(b"hello\n")
@@ -48,6 +50,9 @@ class LocalStoreTests(StoreContract, unittest.TestCase):
         self.addCleanup(subprocess.run, ["chmod", "-R", "u+w", root], check=False)
         self.root = root
         return LocalStore(StoreLayout.underRoot(root), reservedSize=0)
+
+    def hold(self, info):
+        return PathLocks([self.store.layout.realPath(info.path)]).abandon
 
     def collectGarbage(self, store):
         program = shutil.which("nix-store")
@@ -113,29 +118,39 @@ def test_validBetween(store, monkeypatch):
 
     def race(paths):
         monkeypatch.setattr(adding, "PathLocks", original)
-        addObject(store.openSession(), info, HELLO)
+        store.openSession().addSmallPaths([(info, HELLO)])
         inodes.append(os.stat(store.layout.realPath(info.path)).st_ino)
         return original(paths)
 
     inodes = []
+    writer = store.openSession().addToStore(info)
+    writer.feed(HELLO)
     monkeypatch.setattr(adding, "PathLocks", race)
-    assert store.openSession().addToStore(info).alreadyValid
+    writer.finish()
     assert os.stat(store.layout.realPath(info.path)).st_ino == inodes[0]
     assert not os.path.exists(store.layout.realPath(info.path) + ".lock")
 
 
 def test_debris(store, layout):
-    """A failure leaves the object and an empty lock file, as with Nix. An import leaves nothing of its own."""
-    info = makeInfo("x", HELLO)
+    """
+    What does not come whole leaves nothing; a failure after it has its name leaves the object and an empty lock file,
+    as with Nix.
+    """
+    info = makeInfo("x", HELLO, [makeInfo("missing", HELLO).path])
     session = store.openSession()
     with pytest.raises(StoreError):
         addObject(session, replace(info, narHash=hashBytes("sha256", b"")), HELLO)
+    for writer in (session.importPath(), session.addToStore(makeInfo("tree", TREE))):
+        writer.feed(TREE[:-8])
+        writer.abort()
+    session.close()
+    assert os.listdir(layout.realStoreDir) == [".links"]
+    session = store.openSession()
+    with pytest.raises(InvalidPath):
+        addObject(session, info, HELLO)
+    session.close()
     real = layout.realPath(info.path)
-    assert os.path.exists(real)
     assert os.path.getsize(real + ".lock") == 0
-    writer = session.importPath()
-    writer.feed(TREE[:-8])
-    writer.abort()
     assert set(os.listdir(layout.realStoreDir)) == {".links", os.path.basename(real), os.path.basename(real) + ".lock"}
 
 
@@ -333,6 +348,89 @@ def test_exportOfChangedPath(store, layout):
         file.write("changed")
     with pytest.raises(StoreError, match=r"hash of path '.*' has changed from 'sha256:.*' to 'sha256:.*'"):
         b"".join(session.exportPaths([info.path]))
+
+
+def test_noLockWhileSending(store, layout):
+    """
+    A sender who goes on for ever with a few bytes keeps nobody from the same path: the next one waits as long as he
+    makes way, then goes past him; a path that has come whole waits for nobody. His own object is dropped in the end.
+    """
+    nar = makeNar(bytes(100_000))
+    info = makeInfo("x", nar)
+    slow, quick, whole = store.openSession(), store.openSession(), store.openSession()
+    now = [100.0]
+    quick._adder._courtesy._clock = lambda: now[0]
+    dribbling = slow.addToStore(info)
+    dribbling.feed(nar[:100])
+    PathLocks([layout.realPath(info.path)]).unlock()
+    with pytest.raises(Busy, match="another upload of"):
+        quick.addToStore(info)
+    now[0] += LOOK_SECONDS - 0.1
+    with pytest.raises(Busy, match="another upload of"):
+        quick.addToStore(info)
+    now[0] += 0.2
+    passing = quick.addToStore(info)
+    passing.feed(nar[:50_000])
+    dribbling.feed(nar[100:200])
+    assert whole.addSmallPaths([(info, nar)]) == 1
+    for writer, left in ((passing, nar[50_000:]), (dribbling, nar[200:])):
+        writer.feed(left)
+        writer.finish()
+        with pytest.raises(StoreError, match="has ended"):
+            writer.finish()
+    assert b"".join(slow.narFromPath(info.path)) == nar
+    assert set(os.listdir(layout.realStoreDir)) == {".links", info.path.baseName}
+
+
+def test_courtesyEnds(store):
+    """Who sends enough is waited for, but not for longer than a minute, and not once he has given up."""
+    first, second = store.openSession(), store.openSession()
+    now = [100.0]
+    second._adder._courtesy._clock = lambda: now[0]
+    size = 10**9
+    info = makeInfo("x", HELLO, narSize=size)
+    sending = first.addToStore(info)
+    sending.feed(regularStart(b"", False, size - 120))
+    waited = 0
+    with pytest.raises(Busy):
+        second.addToStore(info)
+    while waited < LONGEST_WAIT - 3:
+        now[0] += 2.5
+        waited += 2.5
+        sending.feed(bytes(int(WORTHWHILE * 2.5)))
+        with pytest.raises(Busy):
+            second.addToStore(info)
+    now[0] += 3
+    sending.feed(bytes(WORTHWHILE * 3))
+    second.addToStore(info).abort()
+    third = store.openSession()
+    another = makeInfo("y", HELLO)
+    sending.abort()
+    sending = first.addToStore(another)
+    with pytest.raises(Busy):
+        third.addToStore(another)
+    sending.abort()
+    third.addToStore(another).abort()
+
+
+def test_placeIsLocked(store, layout):
+    """
+    Who can read the store directory sees where objects are restored. Adding an object of that name waits until its
+    place is free, and touches nothing there.
+    """
+    session, other = store.openSession(), store.openSession()
+    info = makeInfo("x", TREE)
+    writer = session.addToStore(info)
+    writer.feed(TREE[:1000])
+    (name,) = [name for name in os.listdir(layout.realStoreDir) if name.endswith("-1")]
+    intruding = makeInfo("x", HELLO, path=StorePath(f"{store.storeDir.path}/{name}"))
+    with pytest.raises(Busy):
+        addObject(other, intruding, HELLO)
+    with pytest.raises(Busy):
+        other.addSmallPaths([(intruding, HELLO)])
+    writer.feed(TREE[1000:])
+    writer.finish()
+    assert b"".join(session.narFromPath(info.path)) == TREE
 
 
 def test_databaseBusy(store, layout):
@@ -550,8 +648,11 @@ def test_lockedForUs(store, layout):
     session, other = store.openSession(), store.openSession()
     held = PathLocks([layout.realPath(small.path), layout.realPath(large.path)])
     session.assumeLocked([small.path, large.path])
+    waiting = other.addToStore(large)
+    waiting.feed(TREE)
     with pytest.raises(Busy):
-        other.addToStore(large)
+        waiting.finish()
+    waiting.abort()
     with pytest.raises(Busy):
         other.addSmallPaths([(small, HELLO)])
     assert session.addSmallPaths([(small, HELLO)]) == 1
@@ -568,6 +669,7 @@ def test_lockedForUs(store, layout):
 def test_lockedForUsFails(store, layout):
     """A failure leaves such a lock as it is, too; and other paths are locked as always."""
     info, another = makeInfo("bad", HELLO), makeInfo("another", HELLO)
+    taken = PathLocks([layout.realPath(another.path)])
     session = store.openSession()
     held = PathLocks([layout.realPath(info.path)])
     session.assumeLocked([info.path])
@@ -576,7 +678,9 @@ def test_lockedForUsFails(store, layout):
     with pytest.raises(Busy):
         PathLocks([layout.realPath(info.path)])
     writer = session.addToStore(another)
+    writer.feed(HELLO)
     with pytest.raises(Busy):
-        PathLocks([layout.realPath(another.path)])
-    writer.abort()
+        writer.finish()
+    taken.abandon()
+    writer.finish()
     held.abandon()
