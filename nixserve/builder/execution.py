@@ -49,20 +49,23 @@ class Build:
     """
     What is to be built.
 
-    @ivar sandboxed: whether the builder is confined.
     @ivar inputs: the closure of all that may be used.
     @ivar places: where the outputs go, by name.
-    @ivar chrootDir: the physical place of the sandbox's root directory.
+    @ivar chrootDir: the physical place of the sandbox's root directory; C{None} to build without a sandbox.
     """
 
     drvPath: StorePath
     drv: BasicDerivation
     options: BuildOptions
     drvOptions: DerivationOptions
-    sandboxed: bool
     inputs: frozenset[StorePath]
     places: Mapping[str, OutputPlace]
-    chrootDir: str
+    chrootDir: str | None
+
+    @property
+    def sandboxed(self) -> bool:
+        """Whether the builder is confined."""
+        return self.chrootDir is not None
 
     @property
     def hasNetwork(self) -> bool:
@@ -109,8 +112,8 @@ class Execution:
         outcome: Outcome | None = None
         keep = False
         try:
-            if build.sandboxed:
-                workspace.sandbox = self._makeSandbox(workspace.inner)
+            if build.chrootDir is not None:
+                workspace.sandbox = self._makeSandbox(build.chrootDir, workspace.inner)
             outcome = self._runBuilder(workspace, log, cancel)
             self._requireSuccess(outcome)
             result = BuildResult(BuildStatus.BUILT, builtOutputs=self._register(workspace, patience))
@@ -126,11 +129,11 @@ class Execution:
             log(f"note: keeping build directory '{workspace.inner}'\n".encode(errors="surrogateescape"))
         return result if outcome is None else _timed(result, outcome)
 
-    def _makeSandbox(self, buildDir: str) -> Sandbox:
+    def _makeSandbox(self, chrootDir: str, buildDir: str) -> Sandbox:
         build, layout = self._build, self._store.layout
         shown = build.inputs | self._hostInputs()
         return Sandbox(
-            chrootDir=build.chrootDir,
+            chrootDir=chrootDir,
             buildDir=buildDir,
             storeDir=layout.storeDir.path,
             inputs=[(layout.realPath(path), str(path)) for path in sorted(shown)],

@@ -23,8 +23,9 @@ from nixserve.builder.outputs import OutputPlace
 from nixserve.builder.process import CancelToken
 from nixserve.builder.sandbox import Sandbox, sandboxProblem
 from nixserve.builder.settings import BuildSettings, SandboxMode
+from nixserve.builder.workspace import SandboxRoot
 from nixserve.codec.buildresult import BuildResult, BuildStatus
-from nixserve.codec.derivation import BasicDerivation, OutputKind, derivationName
+from nixserve.codec.derivation import BasicDerivation, OutputKind, derivationName, drvPathOf
 from nixserve.codec.hashes import Hash
 from nixserve.codec.serve import BuildOptions
 from nixserve.codec.storepath import StorePath, checkName, outputPathName
@@ -98,20 +99,28 @@ class LocalBuilder:
         drvOptions = DerivationOptions.of(drv)
         self._requireFeatures(drvPath, drv, drvOptions)
         sandboxed = self._decideSandbox(drvPath, drvOptions, mustSandbox)
-        locks = self._lock(drvPath, drv, known)
+        # What a client calls a derivation need not be its name. Were anything here named after that, whoever builds for
+        # ever under the name of another's derivation would keep that one from being built.
+        ownPath = drvPathOf(drv, self._store.storeDir)
+        locks = self._lock(ownPath, drv, known)
         try:
             # Whoever had the locks before may have built it.
             if valid := self._ifValid(session, drv, known):
                 locks.unlock()
                 return valid
-            places = self._places(session, drvPath, drv, known, sandboxed)
-            inputs = session.queryClosure(drv.inputSrcs)
+            root = SandboxRoot.take(self._store.layout, session) if sandboxed else None
+            try:
+                places = self._places(session, ownPath, drv, known, root)
+                inputs = session.queryClosure(drv.inputSrcs)
+            except BaseException:
+                if root is not None:
+                    root.release()
+                raise
         except BaseException:
             locks.abandon()
             raise
-        chrootDir = self._chrootDir(drvPath)
-        build = Build(drvPath, drv, options, drvOptions, sandboxed, frozenset(inputs), places, chrootDir)
-        return PreparedBuild(Execution(self._store, self.settings, session, build), locks)
+        build = Build(drvPath, drv, options, drvOptions, frozenset(inputs), places, root.path if root else None)
+        return PreparedBuild(Execution(self._store, self.settings, session, build), locks, root)
 
     def _knownPaths(self, drvPath: StorePath, drv: BasicDerivation) -> dict[str, StorePath]:
         """
@@ -180,50 +189,45 @@ class LocalBuilder:
             )
         return True
 
-    def _lock(self, drvPath: StorePath, drv: BasicDerivation, known: Mapping[str, StorePath]) -> PathLocks:
+    def _lock(self, ownPath: StorePath, drv: BasicDerivation, known: Mapping[str, StorePath]) -> PathLocks:
         """
-        The locks of the outputs, as Nix takes them, and of the sandbox's root: what a client calls a derivation need
-        not be its name, so two that differ could come with the same one.
+        The locks of the outputs, as Nix takes them.
+
+        @param ownPath: the derivation, by its true name.
         """
         real = self._store.layout.realPath
-        paths = [real(drvPath) + ".chroot"]
-        for name in drv.outputs:
-            paths.append(real(known[name]) if name in known else f"{real(drvPath)}.{name}")
-        return PathLocks(paths)
+        return PathLocks([real(known[name]) if name in known else f"{real(ownPath)}.{name}" for name in drv.outputs])
 
     def _places(
         self,
         session: LocalSession,
-        drvPath: StorePath,
+        ownPath: StorePath,
         drv: BasicDerivation,
         known: Mapping[str, StorePath],
-        sandboxed: bool,
+        sandboxRoot: SandboxRoot | None,
     ) -> dict[str, OutputPlace]:
         """Where the builder is to put its outputs."""
         valid = session.queryValidPaths(known.values())
-        root = Sandbox(self._chrootDir(drvPath), "").root
+        root = None if sandboxRoot is None else Sandbox(sandboxRoot.path, "").root
         places: dict[str, OutputPlace] = {}
         for name in drv.outputs:
             path = known.get(name)
             if path is None:
-                scratch = self._scratchPath(drvPath, drv, name, f"name:{name}")
-            elif path in valid and not sandboxed:
-                scratch = self._scratchPath(drvPath, drv, name, path.baseName)
+                scratch = self._scratchPath(ownPath, drv, name, f"name:{name}")
+            elif path in valid and root is None:
+                scratch = self._scratchPath(ownPath, drv, name, path.baseName)
             else:
                 scratch = path
-            real = root + scratch if sandboxed else self._store.layout.realPath(scratch)
+            real = self._store.layout.realPath(scratch) if root is None else root + scratch
             places[name] = OutputPlace(scratch, real, path, path in valid)
         session.addTempRoots([place.scratch for place in places.values()])
         return places
 
-    def _scratchPath(self, drvPath: StorePath, drv: BasicDerivation, outputName: str, what: str) -> StorePath:
+    def _scratchPath(self, ownPath: StorePath, drv: BasicDerivation, outputName: str, what: str) -> StorePath:
         """A path that no object can have, for an output that goes elsewhere in the end. The same as Nix's."""
         return self._store.storeDir.makeStorePath(
-            f"rewrite:{drvPath.baseName}:{what}", _ZERO_HASH, outputPathName(drv.name, outputName)
+            f"rewrite:{ownPath.baseName}:{what}", _ZERO_HASH, outputPathName(drv.name, outputName)
         )
-
-    def _chrootDir(self, drvPath: StorePath) -> str:
-        return self._store.layout.realPath(drvPath) + ".chroot"
 
 
 class PreparedBuild:
@@ -231,13 +235,16 @@ class PreparedBuild:
     A build that can begin. Either L{run} or L{abandon} it, once.
     """
 
-    def __init__(self, execution: Execution, locks: PathLocks) -> None:
+    def __init__(self, execution: Execution, locks: PathLocks, root: SandboxRoot | None) -> None:
         self._execution = execution
         self._locks = locks
+        self._root = root
 
     def abandon(self) -> None:
         """Do not build. Safe to call twice, and after L{run}."""
         self._locks.abandon()
+        if self._root is not None:
+            self._root.release()
 
     def run(self, log: Callable[[bytes], None], cancel: CancelToken) -> BuildResult:
         """
@@ -252,8 +259,7 @@ class PreparedBuild:
         finally:
             if result.success:
                 self._locks.unlock()
-            else:
-                self._locks.abandon()
+            self.abandon()
         return result
 
 

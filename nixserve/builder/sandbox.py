@@ -4,8 +4,7 @@ What a sandboxed builder gets to see, as a value; its root directory; and whethe
 The view is that of Nix (Nix 2.8, src/libstore/build/local-derivation-goal.cc:startBuilder): C{/nix/store} with the
 input closure, C{/build}, C{/tmp}, C{/dev}, C{/proc}, three files in C{/etc}, and nothing else. The mounts are made
 in L{nixserve.builder.child}; here are the directories and files on which they are made. These lie in the store's
-directory, in C{<derivation>.chroot} as Nix calls it, so that an output can be renamed into the store; the collectors
-of both programs know that name.
+directory, so that an output can be renamed into the store.
 
 The directory above the root is closed to everybody but the server, whatever the builder does with modes inside.
 """

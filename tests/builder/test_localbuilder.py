@@ -28,9 +28,11 @@ from nixserve.codec.derivation import (
 )
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.serve import BuildOptions
+from nixserve.codec.storepath import StorePath
 from nixserve.store.api import Busy
 from nixserve.store.files import hashPath
 from nixserve.store.logs import buildLogPath
+from nixserve.testing import makeInfo, makeNar
 from tests.builder.outputsupport import add, diverted, info, plain, root
 
 __all__ = ["diverted", "plain", "root"]
@@ -743,13 +745,40 @@ def test_lockOfAFloatingOutput(building):
 
 
 def test_sameNameForDifferentThings(building):
-    """Two derivations that a client calls the same do not meet in one sandbox."""
-    one, two = derivation(building.store, "echo 1 > $out"), derivation(building.store, "echo 2 > $out")
-    drvPath = drvPathOf(one, building.store.storeDir)
-    prepared = building.prepare(one)
+    """
+    What a client calls a derivation excludes nobody: another one under its name, built for ever, holds nothing of it,
+    whether or not its outputs are known before, and the two do not meet in one sandbox.
+    """
+    for first, output in ((10, None), (20, FLOATING)):
+        drv = derivation(building.store, f"echo {first} > $out", output=output)
+        drvPath = drvPathOf(drv, building.store.storeDir)
+        sleeping = [
+            building.prepare(derivation(building.store, f"echo {number} > $out", output=kind), drvPath=drvPath)
+            for number, kind in enumerate((None, FLOATING), first + 1)
+        ]
+        result = building.build(drv)
+        assert result.status == BuildStatus.BUILT
+        assert Path(building.store.layout.realPath(result.builtOutputs["out"].outPath)).read_text() == f"{first}\n"
+        for other in sleeping:
+            assert other.run(building.hear, CancelToken()).status == BuildStatus.BUILT
+    assert [name for name in leftovers(building.store) if "chroot" in name] == []
+
+
+def test_sandboxRootIsLocked(diverted, sandbox):
+    """
+    Who can read the store directory sees the name of a sandbox's root. Adding an object of that name waits until the
+    build is over, and touches nothing there.
+    """
+    building = Building(diverted)
+    prepared = building.prepare(derivation(diverted, "echo > $out"))
+    (name,) = [name for name in leftovers(diverted) if name.endswith(".chroot.lock")]
+    nar = makeNar(b"")
+    path = StorePath(f"{diverted.storeDir.path}/{name.removesuffix('.lock')}")
+    intruding = makeInfo("x", nar, path=path, storeDir=diverted.storeDir)
     with pytest.raises(Busy):
-        building.prepare(two, drvPath=drvPath)
-    prepared.abandon()
+        diverted.openSession().addSmallPaths([(intruding, nar)])
+    assert prepared.run(building.hear, CancelToken()).status == BuildStatus.BUILT
+    assert [name for name in leftovers(diverted) if "chroot" in name] == []
 
 
 def test_roots(building):
