@@ -13,6 +13,8 @@ from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, globalLogBeginner
 from zope.interface import implementer
 
+from nixserve.protocol.monotonic import useMonotonicTime
+
 __all__ = ["runReactor"]
 
 T = TypeVar("T")
@@ -28,6 +30,7 @@ def runReactor(main: Callable[[Any], Coroutine[Deferred[Any], Any, T]]) -> T:
     @raise KeyboardInterrupt: a signal came before it was done.
     """
     runner: Any = reactor
+    useMonotonicTime(runner)
     lines = _Warnings()
     globalLogBeginner.beginLoggingTo([lines], redirectStandardIO=False, discardBuffer=True)
     results: list[T] = []

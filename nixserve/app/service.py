@@ -32,6 +32,7 @@ from nixserve.builder.sandbox import sandboxProblem
 from nixserve.errors import FormatError, NixServeError, UsageError
 from nixserve.protocol.builds import Builds
 from nixserve.protocol.interfaces import IBuilds
+from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Policy
 from nixserve.protocol.relay import RelayFactory
 from nixserve.protocol.sessions import ServeSessions
@@ -141,6 +142,7 @@ def makeService(options: Options) -> IService:
     """
     from twisted.internet import reactor
 
+    useMonotonicTime(reactor)
     return CommandService(options.settings, reactor, os.environ)
 
 

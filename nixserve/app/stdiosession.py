@@ -29,6 +29,7 @@ from nixserve.app.settings import chooseServedStore, defaultMaxJobs, logPath
 from nixserve.builder.local import LocalBuilder
 from nixserve.errors import UsageError
 from nixserve.protocol.builds import Builds
+from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.stdio import StdioTransport
@@ -52,6 +53,7 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
     """
     _startLog(logPath(environ))
     runner: Any = reactor
+    useMonotonicTime(runner)
     workers = Workers(runner)
     place = chooseServedStore(command.storeURI, environ)
     builds: Builds | None = None
