@@ -5,9 +5,11 @@ One build from its first directory to its result, after L{nixserve.builder.local
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -114,6 +116,7 @@ class Execution:
         try:
             if build.chrootDir is not None:
                 workspace.sandbox = self._makeSandbox(build.chrootDir, workspace.inner)
+            patience.limit(build.options.buildTimeout, self._timedOut())
             outcome = self._runBuilder(workspace, log, cancel)
             self._requireSuccess(outcome)
             result = BuildResult(BuildStatus.BUILT, builtOutputs=self._register(workspace, patience))
@@ -243,6 +246,7 @@ class Execution:
             build.places,
             build.inputs,
             range(user.uid, user.uid + 1),
+            self._settings.maxOutputSize,
         )
         store = self._store
         outputs = registerOutputs(store.layout, store.validPaths, self._session, built, patience)
@@ -263,13 +267,12 @@ class Execution:
 
     def _explain(self, outcome: Outcome) -> tuple[BuildStatus, str]:
         build, ending = self._build, outcome.ending
-        wanted = f"{build.drvPath}!{','.join(sorted(build.drv.outputs))}"
-        title = f"building of '{wanted}' from in-memory derivation"
+        title = self._title()
         if ending is Ending.SILENCE:
             seconds = build.options.maxSilentTime
             return BuildStatus.TIMED_OUT, f"{title} timed out after {seconds} seconds of silence"
         if ending is Ending.TIMEOUT:
-            return BuildStatus.TIMED_OUT, f"{title} timed out after {build.options.buildTimeout} seconds"
+            return self._timedOut()
         if ending is Ending.LOG_LIMIT:
             limit = build.options.maxLogSize
             return (
@@ -287,6 +290,14 @@ class Execution:
             return BuildStatus.TRANSIENT_FAILURE, message + note
         return (BuildStatus.TRANSIENT_FAILURE if build.hasNetwork else BuildStatus.PERMANENT_FAILURE), message
 
+    def _title(self) -> str:
+        build = self._build
+        wanted = f"{build.drvPath}!{','.join(sorted(build.drv.outputs))}"
+        return f"building of '{wanted}' from in-memory derivation"
+
+    def _timedOut(self) -> tuple[BuildStatus, str]:
+        return BuildStatus.TIMED_OUT, f"{self._title()} timed out after {self._build.options.buildTimeout} seconds"
+
     def _isDiskFull(self) -> bool:
         layout = self._store.layout
         for path in (layout.realStoreDir, self._settings.buildDir or layout.stateDir):
@@ -298,23 +309,42 @@ class Execution:
 
 
 class _Patience:
-    """L{nixserve.builder.outputs.Patience} that ends when the build is cancelled, if not before the attempt."""
+    """
+    L{nixserve.builder.outputs.Patience} that ends when the build is cancelled or its time is up, if not before the
+    attempt.
+    """
 
     def __init__(self, cancel: CancelToken) -> None:
         self._cancel = cancel
+        self._deadline = math.inf
+        self._expired = _INTERRUPTED
+
+    def limit(self, seconds: int, expired: tuple[BuildStatus, str]) -> None:
+        """
+        The time of the build begins. It goes on when the builder has ended: to read, hash and register what that has
+        left may take much longer than to make it, a sparse file for instance.
+
+        @param seconds: how long it is; 0 without end.
+        @param expired: what to say at its end.
+        """
+        self._deadline = time.monotonic() + seconds if seconds else math.inf
+        self._expired = expired
 
     def __call__(self, attempt: Callable[[], _T], /) -> _T:
         """
-        @raise BuildError: cancelled.
+        @raise BuildError: cancelled, or time is up.
         """
         while not self._cancel.cancelled:
+            if time.monotonic() >= self._deadline:
+                raise BuildError(*self._expired)
             try:
                 return attempt()
             except Busy as error:
+                left = self._deadline - time.monotonic()
                 with self._cancel.descriptor() as cancelled:
                     poll = select.poll()
                     poll.register(cancelled, select.POLLIN)
-                    poll.poll(error.retryAfter * 1000)
+                    poll.poll(max(0.0, min(error.retryAfter, left)) * 1000)
         raise BuildError(*_INTERRUPTED)
 
 

@@ -119,6 +119,7 @@ class LocalBuilder:
         except BaseException:
             locks.abandon()
             raise
+        options = self.settings.limit(options)
         build = Build(drvPath, drv, options, drvOptions, frozenset(inputs), places, root.path if root else None)
         return PreparedBuild(Execution(self._store, self.settings, session, build), locks, root)
 

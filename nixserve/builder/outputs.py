@@ -93,6 +93,7 @@ class BuiltOutputs:
     @ivar places: for each output, by name.
     @ivar inputs: the closure of all that the build could use: nothing else can be referred to.
     @ivar builderUids: the users to one of whom the outputs must belong; C{None} if that was nobody but us.
+    @ivar maxSize: bytes of the NAR of an output at most; 0 for any number.
     """
 
     drvPath: StorePath
@@ -101,6 +102,7 @@ class BuiltOutputs:
     places: Mapping[str, OutputPlace]
     inputs: Collection[StorePath]
     builderUids: range | None = None
+    maxSize: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +206,20 @@ class _Registration:
             scanner.feed(chunk)
             digest.update(chunk)
             size += len(chunk)
+            if 0 < self._built.maxSize < size:
+                raise _rejected(
+                    f"output '{name}' of '{self._built.drvPath}' has more than {self._built.maxSize} bytes, the most "
+                    "that an output may have here"
+                )
         return _Examined(name, place, plain, scanner.found, Hash("sha256", digest.digest()), size)
 
     def _dump(self, place: OutputPlace) -> Iterator[bytes]:
-        """The NAR of an output. It may be large, so each chunk is an occasion to give up."""
-        for chunk in dumpPath(place.realPath):
+        """The NAR of an output."""
+        return self._patiently(dumpPath(place.realPath))
+
+    def _patiently(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """What is read may be large, so each chunk is an occasion to give up."""
+        for chunk in chunks:
             self._patience(_proceed)
             yield chunk
 
@@ -305,7 +316,7 @@ class _Registration:
                     f"output path '{output.place.scratch}' should be a non-executable regular file since recursive "
                     "hashing is not enabled (outputHashMode=flat)"
                 )
-            contents = _readFile(output.place.realPath)
+            contents = self._patiently(_readFile(output.place.realPath))
         else:
             raise BuildError(
                 BuildStatus.MISC_FAILURE, f"cannot build '{self._built.drvPath}': git hashing is not supported"

@@ -8,9 +8,10 @@ import enum
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nixserve.builder.sandbox import SandboxPath, findShell
+from nixserve.codec.serve import BuildOptions
 
 __all__ = ["BuildSettings", "SandboxMode", "defaultSystemFeatures", "hostPlatforms"]
 
@@ -64,6 +65,10 @@ class BuildSettings:
     @ivar impureEnv: variables that fixed-output derivations may ask for with C{impureEnvVars}.
     @ivar caBundle: a file of certificates for builds with network.
     @ivar keepLogs: write logs to the store's log directory.
+    @ivar timeout: seconds that a build may take at most, until its outputs are registered, whatever its client allows;
+        0 for as long as that allows. So are C{maxSilentTime}, seconds without output, and C{maxBuildLogSize}, bytes of
+        it.
+    @ivar maxOutputSize: bytes of the NAR of an output at most, 0 for any number.
     """
 
     system: str = field(default_factory=lambda: hostPlatforms()[0])
@@ -76,3 +81,23 @@ class BuildSettings:
     impureEnv: Mapping[str, str] = field(default_factory=dict)
     caBundle: str = "/etc/ssl/certs/ca-certificates.crt"
     keepLogs: bool = True
+    timeout: int = 0
+    maxSilentTime: int = 0
+    maxBuildLogSize: int = 0
+    maxOutputSize: int = 0
+
+    def limit(self, asked: BuildOptions) -> BuildOptions:
+        """
+        What a client asks for, within what is allowed here.
+        """
+        return replace(
+            asked,
+            buildTimeout=_lower(asked.buildTimeout, self.timeout),
+            maxSilentTime=_lower(asked.maxSilentTime, self.maxSilentTime),
+            maxLogSize=_lower(asked.maxLogSize, self.maxBuildLogSize),
+        )
+
+
+def _lower(one: int, other: int) -> int:
+    """The lower of two limits, each of which may be 0 for none."""
+    return min(one, other) if one and other else one or other

@@ -533,6 +533,65 @@ def test_limits(building):
     )
 
 
+@pytest.mark.parametrize("output", ["flat", "nar"])
+@pytest.mark.parametrize("ends", ["timeout", "cancel"])
+def test_timeWhileOutputsAreRead(diverted, sandbox, output, ends):
+    """
+    The time of a build goes on while what it left is read and hashed, and whoever leaves ends that too: a file of
+    nothing, 8 TiB large, is made in a moment.
+    """
+    building = Building(diverted)
+    hole = "dd if=/dev/null of=$out bs=1M seek=8388608 count=0; echo made"
+    contents = fixed(diverted, b"x") if output == "flat" else None
+    drv = derivation(diverted, hole, output=contents)
+    cancel, heard, results = CancelToken(), threading.Event(), []
+    building.hear = lambda lines: heard.set() if b"made" in lines else None
+    options = {"buildTimeout": 2} if ends == "timeout" else {}
+    thread = threading.Thread(target=lambda: results.append(building.build(drv, cancel, **options)))
+    thread.start()
+    assert heard.wait(30)
+    if ends == "cancel":
+        cancel.cancel()
+    thread.join(30)
+    cancel.cancel()
+    thread.join(30)
+    [result] = results
+    title = f"building of '{drvPathOf(drv, diverted.storeDir)}!out' from in-memory derivation"
+    expected = {
+        "timeout": (BuildStatus.TIMED_OUT, f"{title} timed out after 2 seconds"),
+        "cancel": (BuildStatus.MISC_FAILURE, "interrupted by the user"),
+    }
+    assert (result.status, result.errorMsg) == expected[ends]
+    assert [name for name in leftovers(diverted) if not name.endswith(".lock")] == []
+
+
+def test_limitsOfTheServer(diverted, sandbox):
+    """
+    What the operator allows counts where a client asks for more or for no limit, and what it asks for where that is
+    less. An output may be only so large.
+    """
+    endless = derivation(diverted, "while :; do echo more; sleep 0.1; done")
+    settings = BuildSettings(timeout=2, maxSilentTime=1, maxBuildLogSize=10)
+    for limits, asked, message in (
+        ({"timeout": 1}, {}, "timed out after 1 seconds"),
+        ({"timeout": 1}, {"buildTimeout": 1000}, "timed out after 1 seconds"),
+        ({"timeout": 1000}, {"buildTimeout": 1}, "timed out after 1 seconds"),
+        ({"maxBuildLogSize": 10}, {"maxLogSize": 1000}, "more than 10 bytes of log output"),
+    ):
+        result = Building(diverted, **limits).build(endless, **asked)
+        assert result.errorMsg.endswith(message), result
+    silent = Building(diverted, maxSilentTime=1).build(derivation(diverted, "sleep 77"))
+    assert silent.errorMsg.endswith("timed out after 1 seconds of silence")
+    assert settings.limit(BuildOptions(nrRepeats=3)) == BuildOptions(1, 2, 10, 3)
+    limited = Building(diverted, maxOutputSize=1000)
+    large = limited.script("head -c 1001 /dev/zero > $out")
+    assert (large.status, large.errorMsg) == (
+        BuildStatus.OUTPUT_REJECTED,
+        f"output 'out' of '{limited.drvPath}' has more than 1000 bytes, the most that an output may have here",
+    )
+    assert limited.script("head -c 800 /dev/zero > $out").status == BuildStatus.BUILT
+
+
 def test_silence(building):
     """No output for too long."""
     drv = derivation(building.store, "echo a; sleep 60")
