@@ -21,22 +21,22 @@ from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.environment import builderEnvironment, outputRewrites
 from nixserve.builder.outputs import BuiltOutputs, OutputPlace, registerOutputs
 from nixserve.builder.process import CancelToken, Ending, Limits, Outcome, ProcessSpec, runBuilder
+from nixserve.builder.realising import realisations
 from nixserve.builder.sandbox import Sandbox, SandboxPath
 from nixserve.builder.settings import BuildSettings
 from nixserve.builder.users import BuildUser
 from nixserve.builder.workspace import Workspace, makeBuildDir
-from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation
-from nixserve.codec.derivation import BasicDerivation, Derivation, OutputKind, hashDerivationModulo, unparse
-from nixserve.codec.hashes import hashBytes
+from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
+from nixserve.codec.derivation import BasicDerivation, OutputKind
 from nixserve.codec.serve import BuildOptions
-from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.files import deletePath
 from nixserve.store.local import LocalSession, LocalStore
 from nixserve.store.logs import BuildLog
 
-__all__ = ["Build", "Execution", "failed", "realisations"]
+__all__ = ["Build", "Execution", "failed"]
 
 #: A failure with less than this free, in bytes, may be nobody's fault but the disk's. Nix's figure.
 _DISK_FULL: Final = 8 * 1024 * 1024
@@ -346,45 +346,6 @@ class _Patience:
                     poll.register(cancelled, select.POLLIN)
                     poll.poll(max(0.0, min(error.retryAfter, left)) * 1000)
         raise BuildError(*_INTERRUPTED)
-
-
-def realisations(drv: BasicDerivation, outputs: Mapping[str, StorePath], storeDir: StoreDir) -> dict[str, Realisation]:
-    """
-    What the results of builds say about outputs that are there.
-
-    @param outputs: where they are, by name.
-    """
-    drvHash = _drvHash(drv, storeDir)
-    return {name: Realisation(outputs[name], drvHash) for name in sorted(outputs)}
-
-
-def _drvHash(drv: BasicDerivation, storeDir: StoreDir) -> str:
-    """
-    The hash that Nix 2.4 to 2.34 identifies the outputs by: for a fixed output that which stands for it in other
-    derivations, otherwise the masked one.
-
-    That of a derivation which had input derivations cannot be known: then input-addressed outputs are elsewhere than
-    the hash of what is left would have them.
-    """
-    if drv.kind() is OutputKind.FIXED:
-        whole = Derivation(
-            drv.name, drv.outputs, drv.inputSrcs, drv.platform, drv.builder, drv.args, drv.env, inputDrvs={}
-        )
-        modulo = hashDerivationModulo(whole, _noInputs, storeDir, {})
-        return UNKNOWN_DRV_HASH if modulo is None else modulo.hexText
-    if drv.kind() is OutputKind.FLOATING:
-        # Of such outputs there is no path to be masked; what is left of them stays.
-        env = {name: "" if name in drv.outputs else value for name, value in drv.env.items()}
-        return hashBytes("sha256", unparse(replace(drv, env=env))).hexText
-    masked = hashBytes("sha256", unparse(drv, maskOutputs=True))
-    for name, output in drv.outputs.items():
-        if output.path is not None and output.path != storeDir.makeOutputPath(name, masked, drv.name):
-            return UNKNOWN_DRV_HASH
-    return masked.hexText
-
-
-def _noInputs(path: StorePath) -> Derivation:
-    raise AssertionError(f"'{path}' is no input derivation")
 
 
 def failed(error: BuildError | FormatError | StoreError | OSError) -> BuildResult:

@@ -18,9 +18,10 @@ from typing import Final
 
 from nixserve.builder.builtins import isBuiltin
 from nixserve.builder.drvoptions import DerivationOptions
-from nixserve.builder.execution import Build, Execution, failed, realisations
+from nixserve.builder.execution import Build, Execution, failed
 from nixserve.builder.outputs import OutputPlace
 from nixserve.builder.process import CancelToken
+from nixserve.builder.realising import realisations
 from nixserve.builder.sandbox import Sandbox, sandboxProblem
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.builder.workspace import SandboxRoot

@@ -453,7 +453,10 @@ def _readBuildResult(reader: Reader, version: int, storeDir: StoreDir) -> Parse[
         builtOutputs = yield from reader.pairs(reader.text, lambda: _readRealisation(reader, storeDir))
     elif minor >= _BUILT_OUTPUTS:
         realisations = yield from reader.pairs(reader.text, reader.text)
-        builtOutputs = dict(_parseRealisation(key, text, storeDir) for key, text in realisations.items())
+        parsed = [_parseRealisation(key, text, storeDir) for key, text in realisations.items()]
+        builtOutputs = dict(parsed)
+        if len(builtOutputs) != len(parsed):
+            raise FormatError("a built output is described twice")
     return BuildResult(status, errorMsg, timesBuilt, isNonDeterministic, startTime, stopTime, builtOutputs)
 
 

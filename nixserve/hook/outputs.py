@@ -4,20 +4,18 @@ What a build has made, on its way into the store here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
-from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.derivation import BasicDerivation
 from nixserve.codec.pathinfo import topoSort
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import RemoteError
+from nixserve.protocol.buildoutputs import KnownOutputs, asPromised
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import CopyProgress, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.schedule import Schedule
 from nixserve.protocol.transfers import download
 
-__all__ = ["fetchOutputs", "knownOutputs", "madeOutputs"]
+__all__ = ["fetchOutputs", "knownOutputs"]
 
 
 def knownOutputs(drv: BasicDerivation) -> frozenset[StorePath]:
@@ -25,43 +23,22 @@ def knownOutputs(drv: BasicDerivation) -> frozenset[StorePath]:
     return frozenset(output.path for output in drv.outputs.values() if output.path is not None)
 
 
-def madeOutputs(
-    name: str, drv: BasicDerivation, wanted: Collection[str], result: BuildResult
-) -> Mapping[str, StorePath]:
-    """
-    What is to be fetched after a build that succeeded: all outputs; of those whose paths only the machine knows the
-    ones that are wanted, as in the original.
-
-    @param name: of the machine.
-    @param wanted: names of outputs.
-    @raise RemoteError: the machine does not say where one is.
-    """
-    outputs = {}
-    for output, about in drv.outputs.items():
-        if about.path is not None:
-            outputs[output] = about.path
-        elif output in result.builtOutputs:
-            outputs[output] = result.builtOutputs[output].outPath
-        elif output in wanted:
-            raise RemoteError(f"{name} does not say where the output '{output}' is that it has built")
-    return outputs
-
-
 async def fetchOutputs(
-    here: DeferredSession, client: ServeClient, outputs: Collection[StorePath], progress: CopyProgress
+    here: DeferredSession, client: ServeClient, outputs: KnownOutputs, progress: CopyProgress
 ) -> None:
     """
     Have all of C{outputs} here, where they stay until the session here ends.
 
-    @param outputs: valid on the machine, and roots of the client's session.
-    @raise RemoteError: the machine does not give them.
+    @param outputs: valid on the machine, and roots of the client's session; with what their derivation says of them.
+    @raise RemoteError: the machine does not give them, or they cannot be what the derivation says.
     @raise StoreError: one cannot be stored.
     """
-    await here.addTempRoots(outputs)
-    missing = frozenset(outputs) - await here.queryValidPaths(outputs)
+    await here.addTempRoots(frozenset(outputs))
+    missing = frozenset(outputs) - await here.queryValidPaths(frozenset(outputs))
     if not missing:
         return
-    infos = await client.queryPathInfos(missing)
+    told = await client.queryPathInfos(missing)
+    infos = {path: asPromised(client.name, info, outputs) for path, info in told.items()}
     for path in sorted(missing - infos.keys()):
         raise RemoteError(f"{client.name}: the output '{path}' is not there after the build")
     references = frozenset[StorePath]().union(*(info.references for info in infos.values())) - missing

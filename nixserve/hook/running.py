@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import deferLater
 
-from nixserve.builder.execution import realisations
+from nixserve.builder.realising import realisations
 from nixserve.builder.resolution import basicDerivation
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.derivation import BasicDerivation, Derivation
@@ -36,9 +36,10 @@ from nixserve.hook.conversation import BuildQuestion, BuildTask, Event, HookSett
 from nixserve.hook.inputs import sendInputs
 from nixserve.hook.machines import Machine
 from nixserve.hook.negotiation import Chooser, HookPlaces, NixPipes, Taken
-from nixserve.hook.outputs import fetchOutputs, knownOutputs, madeOutputs
+from nixserve.hook.outputs import fetchOutputs, knownOutputs
 from nixserve.hook.pipes import PipeToNix, whenReadable
 from nixserve.hook.realisations import registerRealisations
+from nixserve.protocol.buildoutputs import outputsOf, promisedOutputs
 from nixserve.protocol.client import RemoteFailure, ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.workers import Workers
@@ -358,12 +359,12 @@ class HookRun:
         result = await client.buildDerivation(build.drvPath, build.basic, self._options)
         if not result.success:
             return result
-        outputs = madeOutputs(uri, build.basic, build.wanted, result)
+        outputs = outputsOf(uri, build.drvPath, build.basic, result, build.wanted, here.storeDir)
         made = frozenset(outputs.values())
         await client.queryValidPaths(made, lock=True)
         fetching = CopyActivities(log, write, uri, "")
         try:
-            await fetchOutputs(here, client, made, fetching)
+            await fetchOutputs(here, client, promisedOutputs(build.basic, outputs), fetching)
         finally:
             fetching.end()
         floating = {name: path for name, path in outputs.items() if path not in build.known}

@@ -22,6 +22,7 @@ from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import minorOf
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import LocalProtocolError, RemoteError, UsageError
+from nixserve.protocol.buildoutputs import KnownOutputs, asPromised
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.schedule import Schedule
@@ -80,6 +81,8 @@ class _Wanted:
     """
     What is to be copied: C{paths}, and with C{closure} what they refer to, with C{includeOutputs} also what derivations
     among that have built.
+
+    @ivar known: what is known of some of it, whatever the source says.
     """
 
     paths: frozenset[StorePath]
@@ -87,9 +90,11 @@ class _Wanted:
     includeOutputs: bool
     substitute: bool
     lock: bool
+    known: KnownOutputs
 
 
 _SILENT: Final = CopyProgress()
+_NOTHING_KNOWN: Final[KnownOutputs] = {}
 
 
 def copyClosure(
@@ -102,6 +107,7 @@ def copyClosure(
     includeOutputs: bool = False,
     dryRun: bool = False,
     progress: CopyProgress = _SILENT,
+    known: KnownOutputs = _NOTHING_KNOWN,
 ) -> Deferred[Copied]:
     """
     Copy C{paths} and all that they refer to.
@@ -115,12 +121,13 @@ def copyClosure(
     @param substitute: the remote, if it is the target, shall try to fetch the paths from its own substituters first.
     @param includeOutputs: also what derivations among them have built.
     @param dryRun: only ask.
+    @param known: what derivations that are here say of paths that come here: what is to be in those, they decide.
     @return: fires when the target has everything. Fails with L{InvalidPath} if the source lacks one of C{paths},
         L{nixserve.protocol.client.RemoteFailure} if the remote refuses or is gone, or L{StoreError} if the store here
         fails or something that came is not what its info says. Failing or cancelled it cuts the connections: what is
         under way cannot be taken back.
     """
-    wanted = _Wanted(frozenset(paths), closure, includeOutputs, substitute, lock=not dryRun)
+    wanted = _Wanted(frozenset(paths), closure, includeOutputs, substitute, not dryRun, known)
     sources, targets = _several(source), _several(target)
     match sources[0], targets[0]:
         case DeferredSession(), ServeClient():
@@ -164,7 +171,7 @@ async def _upload(
         asked = _withReferences(paths, infos)
         present = await client.queryValidPaths(asked, lock=wanted.lock, substitute=wanted.substitute)
         missing = _inOrder(paths - present, infos)
-        _requireReferences(missing, present, f"the store of {client.name or 'the remote'}")
+        _requireReferences(missing, present, f"the store of {_nameOf(client)}")
     copied = Copied(tuple(missing), len(paths) - len(missing))
     progress.planned(missing, copied.present)
     if dryRun or not missing:
@@ -196,15 +203,19 @@ async def _download(
         # Whatever fails it fails what is asked behind it.
         rooted.addErrback(lambda _: None)
         paths = await client.queryClosure(paths, wanted.includeOutputs)
+        for path in sorted(wanted.paths - paths):
+            raise RemoteError(f"{_nameOf(client)} was asked for '{path}' and what it refers to, and left it out")
     else:
         await rooted
     if _minor(client) < _NAR_HASHES:
-        raise RemoteError(f"{client.name or 'the remote'} speaks a protocol without hashes of paths; it needs Nix 2.0")
+        raise RemoteError(f"{_nameOf(client)} speaks a protocol without hashes of paths; it needs Nix 2.0")
     # Roots first: what is valid after that stays so.
     if wanted.lock:
         await here.addTempRoots(paths)
     present = await here.queryValidPaths(paths)
-    missing = _inOrder(paths - present, await client.queryPathInfos(paths - present))
+    told = await client.queryPathInfos(paths - present)
+    infos = {path: asPromised(client.name, info, wanted.known) for path, info in told.items()}
+    missing = _inOrder(paths - present, infos)
     if not wanted.closure:
         references = _withReferences(paths, {info.path: info for info in missing})
         if wanted.lock:
@@ -245,6 +256,10 @@ def _arrived(schedule: Schedule, progress: CopyProgress) -> Any:
         progress.copied(info)
 
     return arrived
+
+
+def _nameOf(client: ServeClient) -> str:
+    return client.name or "the remote"
 
 
 def _minor(client: ServeClient) -> int:

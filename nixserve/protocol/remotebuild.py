@@ -16,13 +16,15 @@ from twisted.internet.defer import Deferred
 
 from nixserve.builder.resolution import InputOutputs, basicDerivation, mustResolve, resolve
 from nixserve.codec.buildresult import BuildResult, BuildStatus
-from nixserve.codec.derivation import BasicDerivation, Derivation, drvPathOf
+from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, drvPathOf
 from nixserve.codec.messages import BuildOptions
 from nixserve.codec.storepath import StorePath
-from nixserve.errors import BuildError, FormatError, StoreError
+from nixserve.errors import BuildError, FormatError, RemoteError, StoreError
+from nixserve.protocol.buildoutputs import outputsOf, promisedOutputs
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.store.api import InvalidPath
 from nixserve.store.contents import readDerivation
 
 __all__ = ["RemoteBuild", "RemotePlan", "buildRemotely", "planRemoteBuild"]
@@ -121,7 +123,8 @@ def buildRemotely(
     @param onBuild: called with the path of each derivation when the remote is asked to build it; what comes on standard
         error from then on is its log.
     @return: fires with what came of it; a build that fails is a result as well. Fails with L{FormatError} if there is
-        no such output, L{StoreError} if an input is on neither side and cannot be built, or as L{copyClosure} does.
+        no such output, L{StoreError} if an input is on neither side and cannot be built, L{RemoteError} if the outputs
+        that the remote tells of or gives are not those of the derivations, or as L{copyClosure} does.
         Cancelled it cuts the connection, and the remote kills the build.
     """
 
@@ -134,7 +137,7 @@ def buildRemotely(
         if not result.success:
             return RemoteBuild(root.path, result, sent=sent, cause=building.cause)
         found = root.wantedPaths()
-        fetched = await copyClosure(client, here, list(found.values()), progress=progress) if fetch else None
+        fetched = await building.fetch(found.values(), progress) if fetch else None
         return RemoteBuild(root.path, result, found, sent, fetched)
 
     return Deferred.fromCoroutine(build())
@@ -171,11 +174,7 @@ class _Job:
         return self.drv.inputDrvs if isinstance(self.drv, Derivation) else {}
 
     def wantedPaths(self) -> dict[str, StorePath]:
-        """
-        @raise StoreError: the path of one is not known, although it was built.
-        """
-        for name in sorted(self.wanted - self.outputs.keys()):
-            raise StoreError(f"the remote does not say where the output '{name}' of '{self.path}' is")
+        """Where the wanted outputs are, all of which are known."""
         return {name: self.outputs[name] for name in sorted(self.wanted)}
 
 
@@ -202,6 +201,8 @@ class _Building:
         self._jobs: dict[StorePath, _Job] = {}
         # What is valid here and must go there.
         self._sends: set[StorePath] = set()
+        # What all these derivations say of their outputs, as far as the paths are known.
+        self._known: dict[StorePath, DerivationOutput] = {}
         self.order: list[_Job] = []
 
     async def root(
@@ -210,6 +211,7 @@ class _Building:
         """What was asked for."""
         if isinstance(drv, StorePath):
             drvPath, drv = drv, (await self._read([drv]))[drv]
+        self._learn(drv)
         return _Job(drvPath or drvPathOf(drv, self._here.storeDir), drv, drv.outputs if outputs is None else outputs)
 
     # --- what is to be done -------------------------------------------------------------------------------
@@ -278,8 +280,14 @@ class _Building:
             return {path: readDerivation(path, session.narFromPath(path), session.storeDir) for path in new}
 
         if new:
-            self._drvs |= await self._here.call(read)
+            found = await self._here.call(read)
+            self._drvs |= found
+            for drv in found.values():
+                self._learn(drv)
         return {path: self._drvs[path] for path in paths}
+
+    def _learn(self, drv: BasicDerivation) -> None:
+        self._known |= {output.path: output for output in drv.outputs.values() if output.path is not None}
 
     def _sorted(self, root: _Job) -> list[_Job]:
         """Dependencies first. A derivation's path depends on those of its inputs, so there are no cycles."""
@@ -326,8 +334,21 @@ class _Building:
                 self.cause = result
                 reason = f"its dependency '{job.path}' failed to build: {result.errorMsg}"
                 return BuildResult(BuildStatus.DEPENDENCY_FAILED, reason)
-            job.outputs |= {name: realisation.outPath for name, realisation in result.builtOutputs.items()}
+            made = outputsOf(self._client.name, drvPath, basic, result, job.wanted, self._here.storeDir)
+            job.outputs |= made
+            self._known |= promisedOutputs(basic, made)
         return result
+
+    async def fetch(self, paths: Iterable[StorePath], progress: CopyProgress) -> Copied:
+        """
+        Copy outputs here.
+
+        @raise RemoteError: the remote has not got one, or what it has cannot be what a derivation says.
+        """
+        try:
+            return await copyClosure(self._client, self._here, list(paths), progress=progress, known=self._known)
+        except InvalidPath as e:
+            raise RemoteError(f"{self._client.name}: '{e.path}' is not there after the build") from e
 
     async def _basic(self, job: _Job) -> tuple[StorePath, BasicDerivation]:
         """

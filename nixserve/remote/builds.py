@@ -16,6 +16,7 @@ from nixserve.codec.serve import BuildOptions, BuildPathsResult
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import PolicyError
 from nixserve.protocol.buildlog import Listener
+from nixserve.protocol.buildoutputs import checkBuiltOutputs
 from nixserve.protocol.builds import BuildClient
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.interfaces import IBuilds
@@ -54,6 +55,7 @@ class RemoteBuilds:
     ) -> BuildResult:
         async def build(keeper: ServeClient) -> BuildResult:
             result = await keeper.buildDerivation(drvPath, drv, options)
+            checkBuiltOutputs(keeper.name, drvPath, drv, result, keeper.storeDir)
             if outputs := [realisation.outPath for realisation in result.builtOutputs.values()]:
                 # Those whose paths were not known before are roots only now.
                 await keeper.queryValidPaths(outputs, lock=True)

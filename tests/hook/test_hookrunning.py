@@ -17,15 +17,16 @@ from twisted.python.failure import Failure
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
-from nixserve.codec.storepath import StorePath
+from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import RemoteError
 from nixserve.hook import inputs, pipes
 from nixserve.hook.activities import CopyActivities
 from nixserve.hook.claims import Claims
 from nixserve.hook.conversation import HookLog
 from nixserve.hook.inputs import PATIENCE_SECONDS, sendInputs
-from nixserve.hook.outputs import fetchOutputs, knownOutputs, madeOutputs
+from nixserve.hook.outputs import fetchOutputs, knownOutputs
 from nixserve.hook.pipes import PipeToNix, whenReadable
+from nixserve.protocol.buildoutputs import outputsOf
 from nixserve.protocol.copying import CopyProgress
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.store.api import InvalidPath
@@ -103,6 +104,11 @@ class Side:
     def arrived(self):
         """What the machine has."""
         return self.there.openSession().queryValidPaths(self.paths)
+
+
+def plain(*paths):
+    """Outputs of which nobody knows what is in them."""
+    return {path: DerivationOutput(path) for path in paths}
 
 
 @pytest.fixture
@@ -265,10 +271,10 @@ def test_fetches(side):
     addObject(there, info, made)
     side.store = MemoryStore()
     joined, fetched, here = side.joined(), Recorder(), side.here()
-    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, {info.path}, fetched)))
+    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, plain(info.path), fetched)))
     assert fetched.names == ["made"]
     assert side.store.openSession().queryValidPaths([info.path, *side.paths]) == {info.path, *side.paths}
-    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, {info.path}, fetched)))
+    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, plain(info.path), fetched)))
     assert fetched.names == ["made"]
 
 
@@ -287,7 +293,7 @@ def test_keptHere(side):
     addObject(side.session, old, made)
     side.session.close()
     joined, fetched, here = side.joined(), Recorder(side.store.collectGarbage), side.here()
-    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, {info.path, old.path}, fetched)))
+    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, plain(info.path, old.path), fetched)))
     assert fetched.names == ["made"]
     expected = {info.path, old.path, *side.paths}
     assert side.store.openSession().queryValidPaths(expected) == expected
@@ -298,21 +304,21 @@ def test_fetchesNothing(side):
     joined = side.joined()
     lost = makeInfo("lost", makeNar(b"")).path
     with pytest.raises(RemoteError, match=r"lost.* is not there after the build"):
-        joined.result(Deferred.fromCoroutine(fetchOutputs(side.here(), joined.client, {lost}, Recorder())))
+        joined.result(Deferred.fromCoroutine(fetchOutputs(side.here(), joined.client, plain(lost), Recorder())))
 
 
 def test_outputs():
     """All known outputs come back, and of the others those that are wanted."""
-    known, found = (StorePath(f"/nix/store/{'0' * 32}-{name}") for name in ("known", "found"))
+    drvPath, known, found = (StorePath(f"/nix/store/{'0' * 32}-{name}") for name in ("x.drv", "known", "x"))
     floating = DerivationOutput(None, "r:sha256")
     drv = BasicDerivation("x", {"out": DerivationOutput(known)}, frozenset(), "x", "x", (), {})
     assert knownOutputs(drv) == {known}
-    assert madeOutputs("m", drv, [], BuildResult(BuildStatus.BUILT)) == {"out": known}
+    assert outputsOf("m", drvPath, drv, BuildResult(BuildStatus.BUILT), [], StoreDir()) == {"out": known}
     drv = BasicDerivation("x", {"out": floating, "dev": floating}, frozenset(), "x", "x", (), {})
     result = BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(found)})
-    assert madeOutputs("m", drv, ["out"], result) == {"out": found}
-    with pytest.raises(RemoteError, match="m does not say where the output 'dev' is"):
-        madeOutputs("m", drv, ["dev"], result)
+    assert outputsOf("m", drvPath, drv, result, ["out"], StoreDir()) == {"out": found}
+    with pytest.raises(RemoteError, match=f"m does not say where the output 'dev' of '{drvPath}' is"):
+        outputsOf("m", drvPath, drv, result, ["dev"], StoreDir())
 
 
 def test_activities():

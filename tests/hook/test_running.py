@@ -18,7 +18,9 @@ from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.protocol import Factory, Protocol
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
+from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput, drvPathOf, unparse
+from nixserve.codec.hashes import hashBytes
 from nixserve.codec.messages import BuildOptions
 from nixserve.codec.wire import Writer
 from nixserve.errors import StoreError
@@ -401,6 +403,7 @@ async def test_unknownOutput(nix, hasTable):
     """An output whose path only the machine knows comes back, and is recorded, if the store has room for that."""
     nar = makeNar(b"made")
     info = makeInfo("it", nar)
+    info = replace(info, ca=ContentAddress(ContentAddressMethod.NAR, info.narHash))
     built = BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(info.path)})
     m = await nix.machine(lambda drvPath, drv: Built(built, [(info, nar)]))
     floating = DerivationOutput(None, "r:sha256")
@@ -418,6 +421,34 @@ async def test_unknownOutput(nix, hasTable):
     with nix.store.database.writing() as connection:
         (row,) = connection.execute(ROWS).fetchall()
     assert row[1:] == ("out", str(info.path)) and row[0].startswith("sha256:")
+
+
+@pytest_twisted.ensureDeferred
+async def test_machineAnswersAnotherPath(nix):
+    """A machine that answers another output than the derivation's is put aside, and the next one has the build."""
+    nar = makeNar(b"evil")
+    evil = makeInfo("it", nar)
+    answer = Built(BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(evil.path)}), [(evil, nar)])
+    liar, m = await nix.machine(lambda drvPath, drv: answer), await nix.machine()
+    assert (await nix.start([best(liar.uri), m.uri]), nix.built) == (0, b"made")
+    reason = f"says that it has built '{evil.path}' as its output 'out'; asked for was '{nix.out}'"
+    assert nix.messages[0].startswith(f"warning: build machine {liar.uri} is put aside: {liar.uri}, asked to build")
+    assert reason in nix.messages[0] and not (nix.real / evil.path.baseName).exists()
+
+
+@pytest_twisted.ensureDeferred
+async def test_machineGivesOtherContents(nix):
+    """What a machine gives for a fixed output is compared with the hash of the derivation."""
+    nar, ca = makeNar(b"evil"), ContentAddress(ContentAddressMethod.FLAT, hashBytes("sha256", b"good"))
+    path = nix.store.storeDir.makeContentAddressedPath(ca, "it")
+    info = makeInfo("it", nar, path=path)
+    answer = Built(BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(path)}), [(info, nar)])
+    liar = await nix.machine(lambda drvPath, drv: answer)
+    output = DerivationOutput(path, "sha256", ca.hash.hex)
+    nix.ask(BasicDerivation("it", {"out": output}, frozenset({nix.source}), "x", "/bin/sh", (), {"out": path}))
+    nix.out = path
+    assert await nix.start([liar.uri]) == 1
+    assert f"hash mismatch importing path '{path}'" in nix.messages[-1] and nix.built is None
 
 
 def test_realisationsStay(nix):

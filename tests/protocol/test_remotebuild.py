@@ -93,6 +93,11 @@ class Farm:
         return store.openSession().queryValidPaths(paths) == set(paths)
 
 
+def addressed(name, nar):
+    """What a store knows about a content-addressed object."""
+    return makeInfo(name, nar, ca=ContentAddress(ContentAddressMethod.NAR, hashBytes("sha256", nar)))
+
+
 def put(store, info, nar):
     """Make a path valid, which nothing keeps from the collector then."""
     session = store.openSession()
@@ -197,7 +202,7 @@ def test_pathsThatTheBuildTells():
         )
     )
     nars = {name: makeNar(name.encode()) for name in ("low", "top")}
-    infos = {name: makeInfo(name, nar) for name, nar in nars.items()}
+    infos = {name: addressed(name, nar) for name, nar in nars.items()}
     for name, info in infos.items():
         success = BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(info.path)})
         farm.answers[name] = Built(success, [(info, nars[name])])

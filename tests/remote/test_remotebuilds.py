@@ -102,14 +102,14 @@ async def test_buildDerivation():
 @pytest_twisted.ensureDeferred
 async def test_unknownOutput():
     """An output whose path was not known before the build stays as well."""
-    made = FakeStore().add("made", b"made")
+    made = FakeStore().add("x", b"made")
 
     def script(drvPath, drv):
         result = BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(made.path)})
         return Built(result, [])
 
     chain = Chain(script)
-    chain.far.add("made", b"made")
+    chain.far.add("x", b"made")
     drv = BasicDerivation("x", {"out": DerivationOutput(None, "r:sha256")}, frozenset(), "x", "/bin/sh", (), {})
     await chain.client.buildDerivation(makeInfo("x.drv", b"").path, drv)
     chain.far.inner.collectGarbage()
