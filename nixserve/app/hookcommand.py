@@ -27,6 +27,7 @@ from nixserve.hook.machines import Machines, parseMachines
 from nixserve.hook.negotiation import Chooser, HookPlaces, NixPipes, Taken
 from nixserve.hook.queue import Queue, Ticket
 from nixserve.hook.slots import Slots
+from nixserve.store.durability import Durability
 from nixserve.store.layout import StoreLayout
 
 __all__ = ["HookOptions", "answer", "main", "persistSeconds", "readMachines"]
@@ -227,7 +228,15 @@ def _chooseStore(settings: HookSettings, environ: Mapping[str, str]) -> StoreLay
     for path in (layout.realStoreDir, layout.dbDir):
         if not os.access(path, os.W_OK):
             raise StoreError(f"this user may not write to '{path}'; where there is a daemon, it must run the hook")
-    return layout
+    durability = layout.durability
+    return replace(
+        layout,
+        durability=Durability(
+            fsyncMetadata=settings.flag("fsync-metadata", durability.fsyncMetadata),
+            fsyncStorePaths=settings.flag("fsync-store-paths", durability.fsyncStorePaths),
+            syncBeforeRegistering=settings.flag("sync-before-registering", durability.syncBeforeRegistering),
+        ),
+    )
 
 
 def _requireWritable(state: str) -> None:

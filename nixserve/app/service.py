@@ -13,6 +13,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,6 +76,9 @@ class Options(usage.Options):
         ["cores", None, None, "processors that each build is told to use, 0 for all [0]"],
         ["sandbox", None, None, "confine builds: auto (where the machine can), on, or off [auto]"],
         ["system-features", None, None, "what builds may require of this machine, separated by commas [Nix's]"],
+        ["fsync-metadata", None, None, "have what a session added in the database on disk at its end [nix.conf's]"],
+        ["fsync-store-paths", None, None, "have the files of a path on disk before it is registered [nix.conf's]"],
+        ["sync-before-registering", None, None, "write out everything before a path is registered [nix.conf's]"],
     ]
     compData = usage.Completions(
         optActions={
@@ -212,7 +216,7 @@ class ServeService(Service):
 
     def _openLocal(self, layout: StoreLayout) -> IBuilds | None:
         """@return: who builds."""
-        store = self._store = LocalStore(layout)
+        store = self._store = LocalStore(replace(layout, durability=self.settings.durability))
         workers = self._workers = Workers(self._reactor)
         workers.start()
         self._builds = self._startBuilds(store, workers)

@@ -1,5 +1,6 @@
 """
-The only reader of the environment and of configuration files. It gives each layer a small value of its own.
+The only reader of the environment and of configuration files, Nix's own with L{nixserve.app.nixconf}. It gives each
+layer a small value of its own.
 """
 
 from __future__ import annotations
@@ -7,15 +8,17 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nixserve.app.nixconf import NixConf
 from nixserve.app.statedirs import defaultStateDir
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import FormatError, UsageError
 from nixserve.remote.address import RemoteAddress
+from nixserve.store.durability import Durability
 from nixserve.store.layout import StoreDefaults, StoreLayout, chooseAutoRoot, parseStoreURI
 
 __all__ = [
@@ -61,14 +64,15 @@ def chooseStore(uri: str | None, environ: Environment) -> StoreLayout:
 
     @param uri: what C{--store} says, if it is given; else C{NIX_REMOTE} counts, else C{auto}.
     """
-    return parseStoreURI(_chosen(uri, environ), storeDefaults(environ))
+    return replace(parseStoreURI(_chosen(uri, environ), storeDefaults(environ)), durability=_durability({}, environ))
 
 
 def chooseServedStore(uri: str | None, environ: Environment) -> StoreLayout | RemoteAddress:
     """
     The store that a command serves: as L{chooseStore}, or one elsewhere.
     """
-    return parseStore(_chosen(uri, environ), environ)
+    place = parseStore(_chosen(uri, environ), environ)
+    return place if isinstance(place, RemoteAddress) else replace(place, durability=_durability({}, environ))
 
 
 def _chosen(uri: str | None, environ: Environment) -> str:
@@ -77,7 +81,7 @@ def _chosen(uri: str | None, environ: Environment) -> str:
 
 def parseStore(uri: str, environ: Environment) -> StoreLayout | RemoteAddress:
     """
-    Where the store is that a URI names: on this machine, or elsewhere.
+    Where the store is that a URI names: on this machine, or elsewhere. Reads no file.
 
     @raise UsageError: it names none.
     """
@@ -110,6 +114,7 @@ class ServiceSettings:
     @ivar socket: path of the unix socket for relays.
     @ivar maxJobs: how many builds may run at once; 0 to refuse to build.
     @ivar builds: how to build.
+    @ivar durability: what survives a crash of the machine.
     """
 
     store: str
@@ -121,6 +126,7 @@ class ServiceSettings:
     socket: str
     maxJobs: int
     builds: BuildSettings
+    durability: Durability = field(default_factory=Durability)
 
     @classmethod
     def complete(cls, given: Mapping[str, Any], environ: Environment) -> ServiceSettings:
@@ -143,7 +149,29 @@ class ServiceSettings:
             socket=options.get("socket") or f"{state}/serve.sock",
             maxJobs=_count("max-jobs", options.get("max-jobs"), defaultMaxJobs()),
             builds=_buildSettings(options),
+            durability=_durability(options, environ),
         )
+
+
+def _durability(options: Mapping[str, Any], environ: Environment) -> Durability:
+    """
+    What is given under the names that Nix has for it, else what the machine's Nix is told.
+
+    @raise UsageError: neither true nor false.
+    """
+    conf = NixConf.read(environ)
+
+    def choose(name: str, default: bool) -> bool:
+        given = str(options.get(name, "")).lower()
+        if given not in ("", "true", "false"):
+            raise UsageError(f"the value of '{name}' is '{options[name]}'; it must be true or false")
+        return given == "true" if given else conf.boolean(name, default)
+
+    return Durability(
+        fsyncMetadata=choose("fsync-metadata", True),
+        fsyncStorePaths=choose("fsync-store-paths", False),
+        syncBeforeRegistering=choose("sync-before-registering", False),
+    )
 
 
 def defaultMaxJobs() -> int:
@@ -181,10 +209,12 @@ def _count(name: str, value: Any, default: int) -> int:
 CONFIG_KEYS = (
     *("store", "state", "listen", "authorized-keys", "host-key", "default-rights", "socket"),
     *("max-jobs", "cores", "sandbox", "system-features"),
+    *("fsync-metadata", "fsync-store-paths", "sync-before-registering"),
 )
 
 _LIST_KEYS = frozenset({"listen", "system-features"})
 _NUMBER_KEYS = frozenset({"max-jobs", "cores"})
+_BOOLEAN_KEYS = frozenset({"fsync-metadata", "fsync-store-paths", "sync-before-registering"})
 
 
 def readConfig(path: str) -> dict[str, Any]:
@@ -205,7 +235,8 @@ def readConfig(path: str) -> dict[str, Any]:
             raise UsageError(f"configuration file '{path}': unknown key '{key}'; the keys are {', '.join(CONFIG_KEYS)}")
         many = isinstance(value, list) and key in _LIST_KEYS and all(isinstance(item, str) for item in value)
         number = type(value) is int and key in _NUMBER_KEYS
-        if not isinstance(value, str) and not many and not number:
-            kind = "number" if key in _NUMBER_KEYS else "string"
+        boolean = isinstance(value, bool) and key in _BOOLEAN_KEYS
+        if not isinstance(value, str) and not many and not number and not boolean:
+            kind = "number" if key in _NUMBER_KEYS else "boolean" if key in _BOOLEAN_KEYS else "string"
             raise UsageError(f"configuration file '{path}': the value of '{key}' must be a {kind}")
     return config

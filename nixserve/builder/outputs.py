@@ -168,6 +168,8 @@ class _Registration:
         if not self._mismatch:
             checkOutputs(self._built.options, self._infos, self._finalPaths(), self._validPaths, self._layout.storeDir)
         self._register(self._infos.values())
+        # Others are told of them before the session of the build ends.
+        self._validPaths.sync()
         if self._mismatch:
             raise BuildError(BuildStatus.OUTPUT_REJECTED, self._mismatch)
         return self._finalPaths()
@@ -387,6 +389,7 @@ class _Registration:
 
     def _register(self, infos: Collection[ValidPathInfo]) -> None:
         if infos:
+            self._layout.durability.beforeRegistering([self._layout.realPath(info.path) for info in infos])
             self._patience(lambda: self._validPaths.registerValidPaths(infos))
 
     def _fixedReferences(self, references: set[StorePath]) -> str:

@@ -108,9 +108,9 @@ class HookSettings:
         """A setting that is a list, such as C{system-features}."""
         return frozenset(self.values.get(name, "").split())
 
-    def flag(self, name: str) -> bool:
+    def flag(self, name: str, default: bool = False) -> bool:
         """A setting that is true or false, such as C{builders-use-substitutes}."""
-        return self.values.get(name, "false") == "true"
+        return self.values[name] == "true" if name in self.values else default
 
     def number(self, name: str) -> int:
         """

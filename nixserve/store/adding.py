@@ -11,7 +11,7 @@ src/libstore/local-store.cc: addToStore; export-import.cc):
   5. hash, size and content address are compared;
   6. path lock; 7. valid now?
   8. what lies at the path is removed: it is nobody's, since the path is not valid and the lock is ours; the object gets
-     its name, and for a derivation its outputs are checked;
+     its name, and for a derivation its outputs are checked; what the settings want on the disk is written out;
   9. one transaction makes it valid; 10. unlock.
 
 Nix takes the lock before it restores. Its sender is as a rule a person with an own process; ours is anybody, who may
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -107,6 +107,7 @@ class Adder:
 
     @ivar uploads: what all sessions of the store are being sent.
     @ivar unfinished: the writers that were neither finished nor aborted.
+    @ivar registered: whether anything was made valid.
     @ivar lockedForUs: paths whose locks somebody else holds so that we may add them.
     """
 
@@ -116,6 +117,7 @@ class Adder:
         self.roots = roots
         self.lockedForUs: set[StorePath] = set()
         self.unfinished: set[LocalPathWriter | LocalImportWriter] = set()
+        self.registered = False
         self._validPaths = validPaths
         # A closure of derivations comes one by one, each referring to those before it.
         self._memo: DerivationMemo = {}
@@ -177,7 +179,8 @@ class Adder:
                     added += 1
             try:
                 if made:
-                    self._validPaths.registerValidPaths(made, outputs)
+                    self.writeOut([info.path for info in made])
+                    self._register(made, outputs)
             except Busy:
                 raise
             except StoreError:
@@ -308,7 +311,20 @@ class Adder:
             for missing in sorted(others - self._validPaths.queryValidPaths(others)):
                 raise InvalidPath(missing)
         outputs = derivationOutputs(info.path, self._lookup, self.layout.storeDir, self._memo)
-        self._validPaths.registerValidPaths([info], {info.path: outputs})
+        self._register([info], {info.path: outputs})
+
+    def writeOut(self, paths: Collection[StorePath]) -> None:
+        """
+        The end of step 8: have objects on the disk, as far as the settings say. Once for each object, not at each
+        attempt to register it.
+
+        @raise StoreError: the file system refuses.
+        """
+        self.layout.durability.beforeRegistering([self.layout.realPath(path) for path in paths])
+
+    def _register(self, infos: Sequence[ValidPathInfo], outputs: Mapping[StorePath, Outputs]) -> None:
+        self._validPaths.registerValidPaths(infos, outputs)
+        self.registered = True
 
     def requireUnfinished(self, writer: LocalPathWriter | LocalImportWriter) -> None:
         """
@@ -370,6 +386,7 @@ class _Writer:
                 return
             self._place.rename(self._adder.layout.realPath(info.path))
             self._place = None
+            self._adder.writeOut([info.path])
         assert self._lock is not None, "it has been taken before the object got its name"
         self._adder.register(info)
         self._adder.unfinished.discard(self)

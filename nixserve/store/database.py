@@ -7,7 +7,12 @@ exclusively by an upgrade; the database is in WAL mode, so that readers and one 
 What the rows say is in L{nixserve.store.validpaths}.
 
 Threads. A connection serves one operation at a time, in whichever thread; there are as many as operations were
-ever under way at once. Nothing waits longer than L{PATIENCE} for another writer.
+ever under way at once. While another process writes, one thread looks for its end, for L{PATIENCE}, and all others are
+told to come back: see L{Turn}.
+
+Durability. As Nix has it, a commit is not written out by itself (C{synchronous = normal} in WAL mode): SQLite does that
+when it checkpoints, which is when the last connection closes, at the end of each C{nix-store}. Here connections stay
+open for as long as the store, so L{Database.sync} stands for that end.
 """
 
 from __future__ import annotations
@@ -17,9 +22,11 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import resources
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import quote
 
 from nixserve.errors import StoreError
@@ -35,14 +42,21 @@ SCHEMA: Final = 10
 #: The oldest that can be upgraded.
 OLDEST_SCHEMA: Final = 7
 
-#: Seconds to wait for another writer before L{Busy}. Nix waits for an hour, but has a process of its own to wait in.
-PATIENCE: Final = 1.0
+#: Seconds to wait for another writer before L{Busy}: a few of a real Nix's transactions. Nix itself waits for an hour,
+#: but has a process of its own to wait in.
+PATIENCE: Final = 0.05
+
+#: Seconds between two looks meanwhile. SQLite's own waiting becomes slower and slower, and so never finds the moment
+#: between two transactions of somebody who makes many.
+_LOOK: Final = 0.002
+
+#: Seconds to wait, when the store is opened, for others who are opening it or letting go of it.
+_OPENING_PATIENCE: Final = 10.0
 
 #: Settings of a connection, those of Nix's openDB but for the last. Without foreign_keys a deletion would leave
 #: dangling references. A connection that only reads needs none, and could not even ask for some.
 _PRAGMAS: Final = (
     "pragma foreign_keys = 1",
-    "pragma synchronous = normal",
     "pragma journal_mode = wal",
     "pragma wal_autocheckpoint = 40000",
     f"pragma journal_size_limit = {2**40}",
@@ -52,6 +66,47 @@ _PRAGMAS: Final = (
 
 #: SQLite's result codes for "somebody else is at it". The third is a race in starting up a WAL.
 _CONTENTION: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
+
+_T = TypeVar("_T")
+
+
+class Turn:
+    """
+    Whose turn it is to write, among the threads of this process.
+
+    To wait for a turn is to wait for the end of one of our own transactions, some milliseconds; unless who has the turn
+    finds another process writing, which may last. Then it says so, and from there on nobody else waits.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = False
+        self._stuck = False
+
+    def take(self, seconds: float) -> bool:
+        """
+        Wait for the turn, but not longer than C{seconds}.
+
+        @return: whether it was had. Then L{giveBack} it.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._stuck or not self._taken, seconds)
+            if self._taken:
+                return False
+            self._taken = True
+            return True
+
+    def stick(self) -> None:
+        """Who has the turn must wait for another process."""
+        with self._changed:
+            self._stuck = True
+            self._changed.notify_all()
+
+    def giveBack(self) -> None:
+        """It is the next one's turn."""
+        with self._changed:
+            self._taken = self._stuck = False
+            self._changed.notify()
 
 
 class Database:
@@ -76,7 +131,12 @@ class Database:
         # Guards the two above; never held during I/O.
         self._mutex = threading.Lock()
         # One writer at a time within the process: a queue here, where SQLite would sleep and look again.
-        self._writing = threading.Lock()
+        self._turn = Turn()
+        # How many transactions were committed, and how many of them are on the disk.
+        self._committed = 0
+        self._synced = 0
+        # Held while they are written out: whoever comes meanwhile waits, and mostly finds that done.
+        self._syncing = threading.Lock()
         try:
             self._open()
         except BaseException:
@@ -108,19 +168,57 @@ class Database:
         """
         if self._layout.readOnly:
             raise StoreError(f"the store in '{self._layout.stateDir}' is opened read-only")
-        if not self._writing.acquire(timeout=PATIENCE):
+        if not self._turn.take(PATIENCE):
             raise Busy("other writers of the store's database")
         try:
             with self._connection() as connection:
-                connection.execute("begin immediate")
+                self._begin(connection)
                 try:
                     yield connection
                     connection.commit()
+                    self._committed += 1
                 finally:
                     # Does nothing after a commit, everything after a failed one.
                     connection.rollback()
         finally:
-            self._writing.release()
+            self._turn.giveBack()
+
+    def _begin(self, connection: sqlite3.Connection) -> None:
+        """Begin a transaction that writes; who has the turn looks for L{PATIENCE} whether another process lets it."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                connection.execute("begin immediate")
+                return
+            except sqlite3.Error as error:
+                if not _isContention(error) or time.monotonic() >= deadline:
+                    raise
+            self._turn.stick()
+            time.sleep(_LOOK)
+
+    def sync(self) -> None:
+        """
+        Have on the disk what was committed before this call, unless C{fsync-metadata} is off. Blocks on the disk; calls
+        at the same time share the work.
+
+        It is in the write-ahead log, or somebody has checkpointed it since, and then it was synced. The directory entry
+        of the log is synced by SQLite, when it makes one.
+
+        @raise StoreError: the disk fails.
+        """
+        wanted = self._committed
+        if not self._layout.durability.fsyncMetadata:
+            return
+        with self._syncing:
+            if self._synced >= wanted:
+                return
+            wanted = self._committed
+            path = f"{self._layout.dbPath}-wal"
+            # Without one, on a file system that allows none, SQLite syncs each commit.
+            with contextlib.suppress(FileNotFoundError), fileSystemErrors(f"cannot sync '{path}'"):
+                # To close this one is harmless: SQLite's locks are on other files.
+                _syncFile(path)
+            self._synced = wanted
 
     def close(self) -> None:
         """Close what is idle now and the rest when it becomes so; let go of the big lock. Safe to call twice."""
@@ -148,8 +246,7 @@ class Database:
         try:
             yield
         except sqlite3.Error as error:
-            # Extended codes carry the plain one in their low byte. Errors of the module itself have none.
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CONTENTION:
+            if _isContention(error):
                 raise Busy("other users of the store's database") from error
             raise StoreError(f"database '{self._layout.dbPath}': {error}") from error
 
@@ -175,6 +272,8 @@ class Database:
         try:
             for pragma in _PRAGMAS:
                 connection.execute(pragma)
+            synchronous = "normal" if self._layout.durability.fsyncMetadata else "off"
+            connection.execute(f"pragma synchronous = {synchronous}")
         except BaseException:
             connection.close()
             raise
@@ -196,7 +295,7 @@ class Database:
         return sqlite3.connect(
             f"file:{quote(self._layout.dbPath)}?{options}",
             uri=True,
-            timeout=PATIENCE,
+            timeout=0,
             isolation_level=None,
             check_same_thread=False,
         )
@@ -210,23 +309,29 @@ class Database:
                 f"supported is {SCHEMA}"
             )
         if schema == SCHEMA:
-            with self.reading() as connection:
-                connection.execute("select 1 from ValidPaths limit 1")
+            _patiently(self._look)
         elif self._layout.readOnly:
             raise StoreError(
                 f"the store in '{self._layout.stateDir}' has schema {schema}; "
                 "it must be opened for writing once to bring it up to date"
             )
         elif schema == 0:
-            with self._errors():
-                self._idle.append(self._connect("rwc"))
-            with self._connection() as connection:
-                # Not in a transaction, but two programs may run it at once, or a crash leave half of it: each
-                # statement says "if not exists".
-                connection.executescript(_script("schema"))
+            _patiently(self._create)
             self._writeSchema()
         else:
             self._upgrade()
+
+    def _look(self) -> None:
+        with self.reading() as connection:
+            connection.execute("select 1 from ValidPaths limit 1")
+
+    def _create(self) -> None:
+        with self._errors():
+            self._idle.append(self._connect("rwc"))
+        with self._connection() as connection:
+            # Not in a transaction, but two programs may run it at once, or a crash leave half of it: each
+            # statement says "if not exists".
+            connection.executescript(_script("schema"))
 
     def _lockBigLock(self) -> None:
         path = self._layout.bigLockPath
@@ -291,12 +396,40 @@ class Database:
             fcntl.flock(self._bigLock, fcntl.LOCK_EX)
             schema = self._readSchema()
             if schema != SCHEMA:
-                with self._connection() as connection:
-                    _runUpgrades(connection, schema)
+                _patiently(partial(self._runUpgrades, schema))
                 self._writeSchema()
             fcntl.flock(self._bigLock, fcntl.LOCK_SH)
         except OSError as error:
             raise StoreError(f"cannot lock '{self._layout.bigLockPath}': {error.strerror}") from error
+
+    def _runUpgrades(self, schema: int) -> None:
+        with self._connection() as connection:
+            _runUpgrades(connection, schema)
+
+
+def _isContention(error: sqlite3.Error) -> bool:
+    """Is somebody else at it? Extended codes carry the plain one in their low byte; errors of the module have none."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _CONTENTION
+
+
+def _patiently(attempt: Callable[[], _T]) -> _T:
+    """Try again while others are opening the database or letting go of it. For opening it, where one may wait."""
+    deadline = time.monotonic() + _OPENING_PATIENCE
+    while True:
+        try:
+            return attempt()
+        except Busy:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_LOOK)
+
+
+def _syncFile(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
 
 
 def _runUpgrades(connection: sqlite3.Connection, schema: int) -> None:

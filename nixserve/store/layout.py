@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, UsageError
+from nixserve.store.durability import Durability
 
 __all__ = ["StoreDefaults", "StoreLayout", "chooseAutoRoot", "parseStoreURI"]
 
@@ -44,6 +45,7 @@ class StoreLayout:
     @ivar readOnly: nothing is to be written, not even locks or directories.
     @ivar allowSymlinkedStore: do not insist that the store directory is reached without symbolic links.
     @ivar systemFeatures: what builders on this store have, or C{None} for the default.
+    @ivar durability: what survives a crash of the machine. Says nothing about where the store is.
     """
 
     storeDir: StoreDir
@@ -53,6 +55,7 @@ class StoreLayout:
     readOnly: bool = False
     allowSymlinkedStore: bool = False
     systemFeatures: frozenset[str] | None = None
+    durability: Durability = field(default=Durability(), compare=False)
 
     @classmethod
     def underRoot(cls, root: str, storeDir: StoreDir | None = None) -> StoreLayout:

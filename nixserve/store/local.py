@@ -250,12 +250,17 @@ class LocalSession:
         return path
 
     def close(self) -> None:
-        """Free everything. What goes wrong with one thing does not keep the others."""
+        """
+        Free everything. What goes wrong with one thing does not keep the others. What the session registered is on the
+        disk then, as after the end of a C{nix-store --serve}.
+        """
         if self._closed:
             return
         self._closed = True
         with contextlib.ExitStack() as stack:
             stack.callback(self._onClose, self)
+            if self._adder.registered:
+                stack.callback(self._validPaths.sync)
             stack.callback(self._roots.close)
             for writer in list(self._adder.unfinished):
                 stack.callback(writer.abort)

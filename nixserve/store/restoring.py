@@ -49,8 +49,7 @@ class PathRestorer:
     Nothing is created outside of the target, whatever the NAR holds, and nothing that exists is opened or changed.
     After an error what has been created so far stays, for the caller to delete; nothing stays open.
 
-    No C{fsync} anywhere: Nix does none either for files of store objects by default (its setting C{fsync-metadata}
-    is about the database).
+    No C{fsync} anywhere: that comes when the object is complete, if at all (L{nixserve.store.durability}).
 
     @ivar narSize: how many bytes of the NAR were fed so far; after L{finish} its size.
     """

@@ -194,6 +194,14 @@ class ValidPaths:
                 [(ids[drv], name, path) for drv, known in (outputs or {}).items() for name, path in known.items()],
             )
 
+    def sync(self) -> None:
+        """
+        Have on the disk what was registered before this call: see L{Database.sync}.
+
+        @raise StoreError: the disk fails.
+        """
+        self._database.sync()
+
     def invalidatePath(self, path: StorePath) -> None:
         """
         Make a path invalid, if it is valid. The object stays where it is.

@@ -4,6 +4,7 @@ import fcntl
 import os
 import stat
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,9 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, StoreError
 from nixserve.store.api import Busy
+from nixserve.store.durability import Durability
 from nixserve.store.files import dumpPath, hashPath
+from nixserve.store.local import LocalStore
 from nixserve.testing import Executable, makeNar
 from tests.builder.outputsupport import add, diverted, info, root, someHash, writeTree
 
@@ -542,3 +545,31 @@ def test_structuredChecks(check, checks, message):
     text = '{{"outputChecks": {{"out": {{' + checks + "}}}}}}"
     sizes = [len(makeNar(b"x" * size)) for size in (len("low"), 11 + 32 + 1 + 3, 2 * (11 + 32) + 2 + 1 + 6)]
     assert check(__json=text) == message.format(size=sizes[2], closure=sum(sizes))
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """The paths of files that are written out, in order."""
+    paths = []
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: paths.append(os.readlink(f"/proc/self/fd/{fd}")))
+    return paths
+
+
+def test_databaseIsSynced(diverted, synced):
+    """What is known of outputs is on the disk when the build is over, once for all of them."""
+    build = Build(diverted, ("out", "dev")).write(out=b"x", dev=b"y")
+    build.register()
+    assert synced == [f"{diverted.layout.dbPath}-wal"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_outputsAreSynced(diverted, synced, known):
+    """With fsync-store-paths so are the outputs themselves, under their own names, before they are valid."""
+    store = LocalStore(replace(diverted.layout, durability=Durability(fsyncStorePaths=True)), reservedSize=0)
+    output = INPUT_ADDRESSED if known else DerivationOutput(None, "r:sha256")
+    path = Build(store, output=output).write(out={"a": b"x"}).register()["out"]
+    real = store.layout.realPath(path)
+    assert synced[:3] == [f"{real}/a", real, store.layout.realStoreDir]
+    assert synced[-1] == f"{store.layout.dbPath}-wal"
+    store.close()
