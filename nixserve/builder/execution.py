@@ -53,7 +53,9 @@ class Build:
 
     @ivar inputs: the closure of all that may be used.
     @ivar places: where the outputs go, by name.
-    @ivar chrootDir: the physical place of the sandbox's root directory; C{None} to build without a sandbox.
+    @ivar sandboxed: whether the builder is confined.
+    @ivar workDir: the physical place of the directory that only the server can enter: the root of the sandbox is in
+        it, and the outputs before they are in their place.
     """
 
     drvPath: StorePath
@@ -62,12 +64,8 @@ class Build:
     drvOptions: DerivationOptions
     inputs: frozenset[StorePath]
     places: Mapping[str, OutputPlace]
-    chrootDir: str | None
-
-    @property
-    def sandboxed(self) -> bool:
-        """Whether the builder is confined."""
-        return self.chrootDir is not None
+    sandboxed: bool
+    workDir: str
 
     @property
     def hasNetwork(self) -> bool:
@@ -114,8 +112,8 @@ class Execution:
         outcome: Outcome | None = None
         keep = False
         try:
-            if build.chrootDir is not None:
-                workspace.sandbox = self._makeSandbox(build.chrootDir, workspace.inner)
+            if build.sandboxed:
+                workspace.sandbox = self._makeSandbox(workspace.inner)
             patience.limit(build.options.buildTimeout, self._timedOut())
             outcome = self._runBuilder(workspace, log, cancel)
             self._requireSuccess(outcome)
@@ -132,11 +130,11 @@ class Execution:
             log(f"note: keeping build directory '{workspace.inner}'\n".encode(errors="surrogateescape"))
         return result if outcome is None else _timed(result, outcome)
 
-    def _makeSandbox(self, chrootDir: str, buildDir: str) -> Sandbox:
+    def _makeSandbox(self, buildDir: str) -> Sandbox:
         build, layout = self._build, self._store.layout
         shown = build.inputs | self._hostInputs()
         return Sandbox(
-            chrootDir=chrootDir,
+            chrootDir=build.workDir,
             buildDir=buildDir,
             storeDir=layout.storeDir.path,
             inputs=[(layout.realPath(path), str(path)) for path in sorted(shown)],
@@ -239,12 +237,17 @@ class Execution:
 
     def _register(self, workspace: Workspace, patience: _Patience) -> dict[str, Realisation]:
         build, user = self._build, workspace.user
+        if not build.sandboxed:
+            # As late as this, and new: builders without a sandbox may create in the store directory.
+            deletePath(build.workDir)
+            os.mkdir(build.workDir, 0o700)
         built = BuiltOutputs(
             build.drvPath,
             build.drv,
             build.drvOptions,
             build.places,
             build.inputs,
+            build.workDir,
             range(user.uid, user.uid + 1),
             self._settings.maxOutputSize,
         )
@@ -255,6 +258,7 @@ class Execution:
     def _removeScratch(self) -> None:
         """Delete what lies where the builder puts what does not stay there. In a sandbox that goes with its root."""
         if not self._build.sandboxed:
+            deletePath(self._build.workDir)
             for place in self._build.places.values():
                 if place.scratch != place.known:
                     deletePath(place.realPath)

@@ -24,7 +24,7 @@ from nixserve.builder.process import CancelToken
 from nixserve.builder.realising import realisations
 from nixserve.builder.sandbox import Sandbox, sandboxProblem
 from nixserve.builder.settings import BuildSettings, SandboxMode
-from nixserve.builder.workspace import SandboxRoot
+from nixserve.builder.workspace import WorkDir
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, OutputKind, derivationName, drvPathOf
 from nixserve.codec.hashes import Hash
@@ -109,20 +109,19 @@ class LocalBuilder:
             if valid := self._ifValid(session, drv, known):
                 locks.unlock()
                 return valid
-            root = SandboxRoot.take(self._store.layout, session) if sandboxed else None
+            work = WorkDir.take(self._store.layout, session)
             try:
-                places = self._places(session, ownPath, drv, known, root)
+                places = self._places(session, ownPath, drv, known, Sandbox(work.path, "").root if sandboxed else None)
                 inputs = session.queryClosure(drv.inputSrcs)
             except BaseException:
-                if root is not None:
-                    root.release()
+                work.release()
                 raise
         except BaseException:
             locks.abandon()
             raise
         options = self.settings.limit(options)
-        build = Build(drvPath, drv, options, drvOptions, frozenset(inputs), places, root.path if root else None)
-        return PreparedBuild(Execution(self._store, self.settings, session, build), locks, root)
+        build = Build(drvPath, drv, options, drvOptions, frozenset(inputs), places, sandboxed, work.path)
+        return PreparedBuild(Execution(self._store, self.settings, session, build), locks, work)
 
     def _knownPaths(self, drvPath: StorePath, drv: BasicDerivation) -> dict[str, StorePath]:
         """
@@ -206,11 +205,14 @@ class LocalBuilder:
         ownPath: StorePath,
         drv: BasicDerivation,
         known: Mapping[str, StorePath],
-        sandboxRoot: SandboxRoot | None,
+        root: str | None,
     ) -> dict[str, OutputPlace]:
-        """Where the builder is to put its outputs."""
+        """
+        Where the builder is to put its outputs.
+
+        @param root: of its sandbox; C{None} if it has none.
+        """
         valid = session.queryValidPaths(known.values())
-        root = None if sandboxRoot is None else Sandbox(sandboxRoot.path, "").root
         places: dict[str, OutputPlace] = {}
         for name in drv.outputs:
             path = known.get(name)
@@ -237,16 +239,15 @@ class PreparedBuild:
     A build that can begin. Either L{run} or L{abandon} it, once.
     """
 
-    def __init__(self, execution: Execution, locks: PathLocks, root: SandboxRoot | None) -> None:
+    def __init__(self, execution: Execution, locks: PathLocks, work: WorkDir) -> None:
         self._execution = execution
         self._locks = locks
-        self._root = root
+        self._work = work
 
     def abandon(self) -> None:
         """Do not build. Safe to call twice, and after L{run}."""
         self._locks.abandon()
-        if self._root is not None:
-            self._root.release()
+        self._work.release()
 
     def run(self, log: Callable[[bytes], None], cancel: CancelToken) -> BuildResult:
         """

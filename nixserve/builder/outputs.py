@@ -3,8 +3,9 @@ From what a builder left behind to valid store objects.
 
 The order of steps is Nix's (Nix 2.8, src/libstore/build/local-derivation-goal.cc, C{registerOutputs}):
 
-  1. each output is there, is the builder's own, and nobody else can write to it; it gets the canonical metadata;
-  2. its contents are searched for references: hash parts of the input closure and of the outputs themselves;
+  1. each output is there, is the builder's own, and nobody else can write to it; it is copied, since whoever has a
+     descriptor of what the builder made can change that for ever (see L{nixserve.store.copying}), and goes;
+  2. the copy is searched for references: hash parts of the input closure and of the outputs themselves;
   3. outputs are put in order, references first; a cycle cannot be registered;
   4. in that order each gets its final path. Where outputs refer to others by paths that were only lent to the builder
      (see L{OutputPlace}), these are rewritten to the final ones. A content-addressed output is hashed with its
@@ -35,7 +36,8 @@ from nixserve.codec.storepath import StorePath, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.contents import HashModulo
-from nixserve.store.files import CHUNK_SIZE, canonicalisePathMetaData, deletePath, dumpPath
+from nixserve.store.copying import TreeCopier
+from nixserve.store.files import CHUNK_SIZE, deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.pathlocks import PathLocks
 from nixserve.store.restoring import restorePath
@@ -92,6 +94,8 @@ class BuiltOutputs:
 
     @ivar places: for each output, by name.
     @ivar inputs: the closure of all that the build could use: nothing else can be referred to.
+    @ivar workDir: a directory on the file system of the store that nobody but us could ever enter: for what is not in
+        its place yet.
     @ivar builderUids: the users to one of whom the outputs must belong; C{None} if that was nobody but us.
     @ivar maxSize: bytes of the NAR of an output at most; 0 for any number.
     """
@@ -101,6 +105,7 @@ class BuiltOutputs:
     options: DerivationOptions
     places: Mapping[str, OutputPlace]
     inputs: Collection[StorePath]
+    workDir: str
     builderUids: range | None = None
     maxSize: int = 0
 
@@ -110,12 +115,14 @@ class _Examined:
     """
     An output after steps 1 and 2.
 
+    @ivar realPath: where its copy is, which is all that counts from here on.
     @ivar plain: it is a file that cannot be executed.
     @ivar found: the hash parts that occur in it.
     """
 
     name: str
     place: OutputPlace
+    realPath: str
     plain: bool
     found: frozenset[str]
     narHash: Hash
@@ -148,7 +155,7 @@ class _Registration:
         self._roots = roots
         self._built = built
         self._patience = patience
-        self._inodesSeen: set[tuple[int, int]] = set()
+        self._copier = TreeCopier(built.builderUids, lambda: patience(_proceed))
         self._inputs = {path.hashPart: path for path in built.inputs}
         self._scratches = {place.scratch.hashPart: name for name, place in built.places.items()}
         #: By the hash part of the scratch path, the final path; of outputs that have one.
@@ -194,17 +201,13 @@ class _Registration:
                 f"suspicious ownership or permission on '{place.scratch}' for output '{name}'; "
                 "rejecting this build output"
             )
-        plain = stat.S_ISREG(status.st_mode) and not status.st_mode & stat.S_IXUSR
-        try:
-            canonicalisePathMetaData(place.realPath, uids, self._inodesSeen)
-        except StoreError as error:
-            if str(error).startswith("invalid ownership"):
-                raise _rejected(str(error)) from error
-            raise
+        copy = self._copy(place)
+        mode = os.lstat(copy).st_mode
+        plain = stat.S_ISREG(mode) and not mode & stat.S_IXUSR
         scanner = ReferenceScanner([*self._inputs, *self._scratches])
         digest = hashlib.sha256()
         size = 0
-        for chunk in self._dump(place):
+        for chunk in self._dump(copy):
             scanner.feed(chunk)
             digest.update(chunk)
             size += len(chunk)
@@ -213,11 +216,27 @@ class _Registration:
                     f"output '{name}' of '{self._built.drvPath}' has more than {self._built.maxSize} bytes, the most "
                     "that an output may have here"
                 )
-        return _Examined(name, place, plain, scanner.found, Hash("sha256", digest.digest()), size)
+        return _Examined(name, place, copy, plain, scanner.found, Hash("sha256", digest.digest()), size)
 
-    def _dump(self, place: OutputPlace) -> Iterator[bytes]:
+    def _copy(self, place: OutputPlace) -> str:
+        """
+        Put a copy in the place of what the builder made.
+
+        @return: where it is.
+        """
+        copy = f"{self._built.workDir}/{place.scratch.baseName}"
+        try:
+            self._copier.copy(place.realPath, copy)
+        except StoreError as error:
+            if str(error).startswith("invalid ownership"):
+                raise _rejected(str(error)) from error
+            raise
+        deletePath(place.realPath)
+        return copy
+
+    def _dump(self, path: str) -> Iterator[bytes]:
         """The NAR of an output."""
-        return self._patiently(dumpPath(place.realPath))
+        return self._patiently(dumpPath(path))
 
     def _patiently(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """What is read may be large, so each chunk is an occasion to give up."""
@@ -311,14 +330,14 @@ class _Registration:
         if method is ContentAddressMethod.NAR:
             if algo == "sha256" and not rewrites and own not in output.found:
                 return ContentAddress(method, output.narHash)
-            contents: Iterable[bytes] = self._dump(output.place)
+            contents: Iterable[bytes] = self._dump(output.realPath)
         elif method in (ContentAddressMethod.FLAT, ContentAddressMethod.TEXT):
             if not output.plain:
                 raise _rejected(
                     f"output path '{output.place.scratch}' should be a non-executable regular file since recursive "
                     "hashing is not enabled (outputHashMode=flat)"
                 )
-            contents = self._patiently(_readFile(output.place.realPath))
+            contents = self._patiently(_readFile(output.realPath))
         else:
             raise BuildError(
                 BuildStatus.MISC_FAILURE, f"cannot build '{self._built.drvPath}': git hashing is not supported"
@@ -345,18 +364,17 @@ class _Registration:
             rewrites[place.scratch.hashPart] = final.hashPart
         if not rewrites:
             return output.narHash, output.narSize
-        # The scratch path is a temporary root, and roots go by hash part: so is this.
-        rewritten = place.realPath + ".rewritten"
+        rewritten = output.realPath + ".rewritten"
         deletePath(rewritten)
         try:
-            narHash, narSize = restorePath(rewritten, _rewritten(self._dump(place), rewrites))
+            narHash, narSize = restorePath(rewritten, _rewritten(self._dump(output.realPath), rewrites))
         except FormatError as error:
             # Names of files may hold hash parts too, and sort differently after the change. Nix fails likewise.
             raise _rejected(
                 f"cannot rewrite references in output '{output.name}' of '{self._built.drvPath}': {error}"
             ) from error
-        deletePath(place.realPath)
-        os.rename(rewritten, place.realPath)
+        deletePath(output.realPath)
+        os.rename(rewritten, output.realPath)
         return narHash, narSize
 
     def _moveLocked(self, output: _Examined, info: ValidPathInfo) -> None:
@@ -367,11 +385,11 @@ class _Registration:
             lock = self._patience(lambda: PathLocks([real])) if not self._mismatch else PathLocks([real])
         except Busy:
             # Whoever holds it may wait for ours. What has the wrong hash nobody waits for.
-            deletePath(output.place.realPath)
+            deletePath(output.realPath)
             raise _rejected(self._mismatch) from None
         try:
             if self._validPaths.isAnyValid([info.path]):
-                deletePath(output.place.realPath)
+                deletePath(output.realPath)
             else:
                 self._move(output, info.path)
                 self._register([info])
@@ -381,11 +399,9 @@ class _Registration:
         lock.unlock()
 
     def _move(self, output: _Examined, final: StorePath) -> None:
-        source, target = output.place.realPath, self._layout.realPath(final)
-        if source == target:
-            return
+        target = self._layout.realPath(final)
         deletePath(target)
-        _rename(source, target)
+        _rename(output.realPath, target)
 
     def _register(self, infos: Collection[ValidPathInfo]) -> None:
         if infos:

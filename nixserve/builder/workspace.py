@@ -5,9 +5,9 @@ Directories are those of Nix: C{nix-build-<name>.drv-<n>}, closed to all others;
 it is what the builder sees, as in Nix from 2.26 on. The caller's alone is what lies around it, so that nobody gets at
 files of the builder with whatever mode it gives them.
 
-The root of a sandbox has a name that no other build ever has. In Nix it is C{<derivation>.chroot}, and builds under the
-same name wait for each other, which they do for their outputs anyway. Ours would wait for whatever a client chose to
-call by that name.
+What is closed even to the builder, with the root of its sandbox, has a name that no other build ever has. In Nix it is
+C{<derivation>.chroot}, and builds under the same name wait for each other, which they do for their outputs anyway. Ours
+would wait for whatever a client chose to call by that name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nixserve.store.local import LocalSession
 from nixserve.store.opening import fileSystemErrors
 from nixserve.store.pathlocks import PathLocks
 
-__all__ = ["SandboxRoot", "Workspace", "makeBuildDir"]
+__all__ = ["WorkDir", "Workspace", "makeBuildDir"]
 
 #: What stands behind the random hash part in the name of a sandbox's root. Short: no derivation's name makes that of
 #: a file too long.
@@ -45,11 +45,11 @@ _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOE
 
 
 @dataclass(frozen=True, slots=True)
-class SandboxRoot:
+class WorkDir:
     """
-    A place for the root of a sandbox: in the store directory, so that outputs can be renamed into the store, under the
-    name of an object. That is a temporary root, which keeps it from collectors; it cannot be guessed; and it is locked,
-    so that nobody who reads it there can add such an object.
+    A place for the root of a sandbox and for outputs on their way: in the store directory, so that they can be renamed
+    into the store, under the name of an object. That is a temporary root, which keeps it from collectors; it cannot be
+    guessed; and it is locked, so that nobody who reads it there can add such an object.
 
     @ivar path: physical. Nothing is there.
     """
@@ -58,7 +58,7 @@ class SandboxRoot:
     _lock: PathLocks
 
     @classmethod
-    def take(cls, layout: StoreLayout, session: LocalSession) -> SandboxRoot:
+    def take(cls, layout: StoreLayout, session: LocalSession) -> WorkDir:
         """
         @param session: keeps it from collectors.
         @raise Busy: a collector is at work.

@@ -37,6 +37,7 @@ __all__ = [
     "deletePath",
     "dumpPath",
     "hashPath",
+    "sortedEntries",
 ]
 
 # Bytes. Large enough that what a chunk costs by itself does not count, small enough for hundreds in flight.
@@ -122,7 +123,7 @@ def dumpPath(path: str, chunkSize: int = CHUNK_SIZE) -> Iterator[bytes]:
                     elif kind == stat.S_IFDIR:
                         walk.enter(name)
                         name = b""
-                        levels.append(iter(_sortedEntries(walk.fd)))
+                        levels.append(iter(sortedEntries(walk.fd)))
                         if chunk := chunks.add(directoryStart(title)):
                             yield chunk
                         break
@@ -143,7 +144,7 @@ def dumpPath(path: str, chunkSize: int = CHUNK_SIZE) -> Iterator[bytes]:
         yield chunk
 
 
-def _sortedEntries(fd: int) -> list[tuple[bytes, int]]:
+def sortedEntries(fd: int) -> list[tuple[bytes, int]]:
     """The names in a directory, as a NAR orders them, each with its file type (C{S_IF…}), 0 if a NAR has none."""
     entries = []
     with os.scandir(fd) as listing:
@@ -214,9 +215,7 @@ def hashPath(path: str) -> tuple[Hash, int]:
     return Hash("sha256", digest.digest()), size
 
 
-def canonicalisePathMetaData(
-    path: str, builderUids: range | None = None, inodesSeen: set[tuple[int, int]] | None = None
-) -> None:
+def canonicalisePathMetaData(path: str) -> None:
     """
     Give a tree the metadata that everything in a store has.
 
@@ -228,13 +227,8 @@ def canonicalisePathMetaData(
     Source: Nix 2.34, src/libstore/posix-fs-canonicalise.cc:canonicalisePathMetaData.
 
     @param path: the tree. Nobody else may be able to write to it any more, or a file may be changed behind our back.
-    @param builderUids: for the output of a build, the users that it ran as: everything must belong to them. Without
-        that, C{ln /etc/shadow $out/x} would have us publish any file of the same file system.
-    @param inodesSeen: for the outputs of one build, device and inode of all files that are done, here and in calls
-        before: a file of ours among them is another link to one that was the builder's.
-    @raise StoreError: a socket, FIFO or device; a file of somebody else; the operating system refuses.
+    @raise StoreError: a socket, FIFO or device; the operating system refuses.
     """
-    seen = set() if inodesSeen is None else inodesSeen
     name = b""
     try:
         walk = Walk(path)
@@ -246,7 +240,7 @@ def canonicalisePathMetaData(
             while levels:
                 if levels[-1]:
                     name = levels[-1].pop()
-                    if _canonicaliseNode(walk, name, builderUids, seen):
+                    if _canonicaliseNode(walk, name):
                         walk.enter(name)
                         name = b""
                         levels.append([os.fsencode(entry) for entry in os.listdir(walk.fd)])
@@ -258,7 +252,7 @@ def canonicalisePathMetaData(
             raise failure("canonicalise", walk.path(name), error) from error
 
 
-def _canonicaliseNode(walk: Walk, name: bytes, builderUids: range | None, seen: set[tuple[int, int]]) -> bool:
+def _canonicaliseNode(walk: Walk, name: bytes) -> bool:
     """
     Canonicalise one file, not what is in it.
 
@@ -270,11 +264,6 @@ def _canonicaliseNode(walk: Walk, name: bytes, builderUids: range | None, seen: 
     link = stat.S_ISLNK(status.st_mode)
     if not (directory or link or stat.S_ISREG(status.st_mode)):
         raise unsupported(walk.path(name))
-    if builderUids is not None and status.st_uid not in builderUids:
-        if directory or (status.st_dev, status.st_ino) not in seen:
-            raise StoreError(f"invalid ownership on file '{walk.path(name)}': it does not belong to the builder")
-        return False
-    seen.add((status.st_dev, status.st_ino))
     _removeXattrs(f"/proc/self/fd/{walk.fd}/".encode() + name)
     wanted = mode if link else 0o555 if directory or mode & stat.S_IXUSR else 0o444
     if mode != wanted:

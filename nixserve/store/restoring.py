@@ -29,7 +29,7 @@ from nixserve.errors import NixServeError, StoreError
 from nixserve.store.files import MTIME_NS, canonicalisePathMetaData
 from nixserve.store.walk import Walk, chmodNode, failure
 
-__all__ = ["PathRestorer", "restoreNar", "restorePath"]
+__all__ = ["PathRestorer", "handsDownAcl", "restoreNar", "restorePath"]
 
 # The kernel's PATH_MAX, without the NUL.
 _MAX_PATH = 4095
@@ -134,7 +134,7 @@ class PathRestorer:
         self._parser.close()
         if self._parser.surplus:
             raise BadArchive("data after its end", offset=self.narSize)
-        if _handsDownAcl(self._target):
+        if handsDownAcl(self._target):
             canonicalisePathMetaData(self._target)
         self._narHash = Hash("sha256", self._digest.digest())
 
@@ -218,7 +218,7 @@ class PathRestorer:
         self._name = self._walk.leave()
 
 
-def _handsDownAcl(path: str) -> bool:
+def handsDownAcl(path: str) -> bool:
     """Whether what is created at C{path} gets an access control list from the directory there."""
     try:
         return _INHERITED_ACL in os.listxattr(os.path.dirname(path.rstrip("/")) or ".")
@@ -258,7 +258,7 @@ def restoreNar(target: str, nar: bytes) -> None:
                 _restoreFile(target, contents, 0o555 if executable else 0o444)
             except OSError as error:
                 raise failure("write", target, error) from error
-            if _handsDownAcl(target):
+            if handsDownAcl(target):
                 canonicalisePathMetaData(target)
             return
     restorePath(target, [nar])

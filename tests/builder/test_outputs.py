@@ -1,6 +1,8 @@
 """What becomes of the files that a builder has left: registered, rewritten, or refused."""
 
+import contextlib
 import fcntl
+import mmap
 import os
 import stat
 import subprocess
@@ -18,7 +20,7 @@ from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.durability import Durability
-from nixserve.store.files import dumpPath, hashPath
+from nixserve.store.files import deletePath, dumpPath, hashPath
 from nixserve.store.local import LocalStore
 from nixserve.testing import Executable, makeNar
 from tests.builder.outputsupport import add, diverted, info, root, someHash, writeTree
@@ -59,10 +61,10 @@ class Build:
         self.drv = BasicDerivation("x", made, frozenset(inputs), "x86_64-linux", "/bin/sh", (), env or {})
         # As in a sandbox: what the builder takes for the store is another directory.
         self.root = f"{store.layout.realStoreDir}/{self.drvPath.baseName}.chroot"
-        os.mkdir(self.root)
+        os.makedirs(f"{self.root}/root")
 
     def place(self, name):
-        return f"{self.root}/{self.scratch[name].baseName}"
+        return f"{self.root}/root/{self.scratch[name].baseName}"
 
     def write(self, **trees):
         """What the builder does."""
@@ -76,7 +78,7 @@ class Build:
             for name, scratch in self.scratch.items()
         }
         options = DerivationOptions.of(self.drv)
-        built = BuiltOutputs(self.drvPath, self.drv, options, places, set(self.inputs), builderUids)
+        built = BuiltOutputs(self.drvPath, self.drv, options, places, set(self.inputs), self.root, builderUids)
         return registerOutputs(self.store.layout, self.store.validPaths, self.session, built, patience)
 
     def refused(self, status=BuildStatus.OUTPUT_REJECTED, **options):
@@ -127,7 +129,7 @@ def test_registers(diverted):
     status = os.lstat(f"{real(diverted, path)}/bin/run")
     assert stat.S_IMODE(status.st_mode) == 0o555 and status.st_mtime == 1
     assert stat.S_IMODE(os.lstat(f"{real(diverted, path)}/file").st_mode) == 0o444
-    assert os.listdir(build.root) == []
+    assert os.listdir(build.root) == ["root"] and os.listdir(f"{build.root}/root") == []
 
 
 def test_findsReferences(diverted):
@@ -171,11 +173,38 @@ def test_hardLinksBetweenOutputs(diverted):
     assert os.lstat(real(diverted, build.scratch["out"]) + "/link").st_uid == os.geteuid()
 
 
+@pytest.mark.parametrize("kept", ["descriptor", "mapping", "directory"])
+@pytest.mark.parametrize("output", [INPUT_ADDRESSED, "fixed", "floating"])
+def test_writerAfterwards(diverted, kept, output):
+    """Who kept a descriptor or a mapping of an output changes nothing that is registered, however it is addressed."""
+    outputs = {
+        "fixed": fixed(diverted, makeNar({"f": b"good contents"}), "r:sha256"),
+        "floating": FLOATING,
+    }
+    build = Build(diverted, output=outputs.get(output, output)).write(out={"f": b"good contents"})
+    with open(f"{build.place('out')}/f", "r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapping:
+        directory = os.open(build.place("out"), os.O_RDONLY)
+        path = build.register()["out"]
+        if kept == "descriptor":
+            stream.write(b"evil")
+            stream.flush()
+        elif kept == "mapping":
+            mapping[:4] = b"evil"
+        else:
+            # The directory may be there no more, with which it can take nothing.
+            with contextlib.suppress(FileNotFoundError):
+                os.close(os.open("evil", os.O_WRONLY | os.O_CREAT, dir_fd=directory))
+        os.close(directory)
+    registered = info(diverted, path)
+    assert (registered.narHash, registered.narSize) == hashPath(real(diverted, path))
+    assert os.listdir(real(diverted, path)) == ["f"]
+
+
 def test_partlyValid(diverted):
     """What was valid before stays; what the others say of its lent path becomes its own."""
     before = Build(diverted, ("two",)).write(two=b"genuine")
     two = before.register()["two"]
-    os.rmdir(before.root)
+    deletePath(before.root)
     build = Build(diverted, ("out", "two"), valid=("two",))
     out, lent = build.scratch["out"], build.scratch["two"]
     assert build.known["two"] == two != lent
@@ -302,7 +331,7 @@ def test_wrongHashAlreadyThere(diverted):
     for _ in range(2):
         build = Build(diverted, output=fixed(diverted, b"wanted")).write(out=b"hello")
         assert build.refused().startswith("hash mismatch")
-        os.rmdir(build.root)
+        deletePath(build.root)
 
 
 def test_wrongHashWhileLocked(diverted):
@@ -389,7 +418,7 @@ def test_floatingOutputsOfOneBuild(diverted):
     text = contents(diverted, made["c"])
     assert made["a"].hashPart.encode() in text and made["b"].hashPart.encode() in text
     assert all(info(diverted, path).isContentAddressed(diverted.storeDir) for path in made.values())
-    assert os.listdir(build.root) == []
+    assert os.listdir(build.root) == ["root"] and os.listdir(f"{build.root}/root") == []
 
 
 def test_floatingTwice(diverted):
@@ -398,7 +427,7 @@ def test_floatingTwice(diverted):
     for _ in range(2):
         build = Build(diverted, output=FLOATING).write(out=b"same")
         paths += build.register().values()
-        os.rmdir(build.root)
+        deletePath(build.root)
     assert paths[0] == paths[1]
 
 
