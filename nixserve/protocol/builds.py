@@ -31,6 +31,7 @@ from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError
 from nixserve.protocol.buildlog import BuildLog, Listener
 from nixserve.protocol.interfaces import IBuilds, IWorkers
+from nixserve.protocol.peerlog import KEY, LogBudget, PeerLog
 from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
@@ -40,7 +41,10 @@ __all__ = ["BuildClient", "Builds"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+_log = Logger()
+
+
+@dataclass(frozen=True, slots=True)
 class BuildClient:
     """
     Somebody who waits for builds.
@@ -138,9 +142,8 @@ class Builds:
     @ivar maxJobs: how many may run at once.
     """
 
-    log = Logger()
-
     def __init__(self, store: LocalStore, builder: LocalBuilder, workers: IWorkers, reactor: Any, maxJobs: int) -> None:
+        self.log = PeerLog(_log, LogBudget("builds", KEY))
         self.maxJobs = maxJobs
         self._store = store
         self._builder = builder

@@ -5,10 +5,11 @@ What one peer may do: a frozen value that permits nothing unless told.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from nixserve.errors import PolicyError, UsageError
+from nixserve.protocol.peerlog import LogBudget
 
 __all__ = ["EVERYTHING", "NOTHING", "READ_ONLY", "Peer", "Policy", "Right"]
 
@@ -87,10 +88,12 @@ class Peer:
     Who is at the other end, for logs.
 
     @ivar address: where from, printable.
-    @ivar key: fingerprint and comment of the key that logged in, or empty.
+    @ivar key: fingerprint and comment of the key that logged in, printable, or empty.
     @ivar session: a number that tells the sessions of this process apart.
+    @ivar budget: how much may be logged about it; C{None} if that is nobody's concern.
     """
 
     address: str
     key: str = ""
     session: int = 0
+    budget: LogBudget | None = field(default=None, compare=False, repr=False)

@@ -20,10 +20,13 @@ from zope.interface import implementer
 from nixserve.codec.relay import MAX_FRAME, MAX_HEADER, Frame, RelayHeader, encodeFrame
 from nixserve.errors import NixServeError, PolicyError
 from nixserve.protocol.interfaces import IServeSessions, IServeTransport
+from nixserve.protocol.peerlog import LogBudget, LogBudgets, PeerLog
 from nixserve.protocol.policy import EVERYTHING, Peer, Policy
 from nixserve.protocol.stdio import MAX_ERROR_BUFFER, pendingOf
 
 __all__ = ["RelayFactory"]
+
+_log = Logger()
 
 
 @implementer(IHalfCloseableProtocol)
@@ -32,8 +35,6 @@ class RelayServer(Protocol):
     The service's end of one relay's socket: reads the header, then is the L{IServeTransport} of a session, whose
     output it puts into frames.
     """
-
-    log = Logger()
 
     def __init__(self, factory: RelayFactory) -> None:
         self._factory = factory
@@ -54,7 +55,10 @@ class RelayServer(Protocol):
         try:
             session = self._factory.admit(line, self.transport)
         except NixServeError as e:
-            self.log.warn("a relay was refused: {error}", error=e)
+            uid = _userOf(self.transport)
+            PeerLog(_log, self._factory.budgetOf(uid)).warn(
+                "a relay of uid {uid} was refused: {error}", uid=uid, error=e
+            )
             view.writeError(f"error: {e}\n".encode("utf-8", "replace"))
             view.exit(1)
             return
@@ -159,6 +163,11 @@ class RelayFactory(Factory):
         self._sessions = sessions
         self._defaultPolicy = defaultPolicy
         self._numbers = count(1) if sessionNumbers is None else sessionNumbers
+        self._budgets = LogBudgets()
+
+    def budgetOf(self, uid: int) -> LogBudget:
+        """How much may be logged about a user."""
+        return self._budgets.known(f"uid {uid}")
 
     def buildProtocol(self, addr: Any) -> Protocol:
         """See L{twisted.internet.interfaces.IProtocolFactory}."""
@@ -177,7 +186,7 @@ class RelayFactory(Factory):
         if header.store and not self._sessions.isServed(header.store):
             raise PolicyError(f"the store '{header.store}' is not served here: leave --store out")
         policy = Policy.parse(header.rights).cutDownTo(most)
-        return self._sessions.buildSession(policy, Peer(f"uid {uid}", "", next(self._numbers)))
+        return self._sessions.buildSession(policy, Peer(f"uid {uid}", "", next(self._numbers), self.budgetOf(uid)))
 
 
 def _userOf(transport: Any) -> int:

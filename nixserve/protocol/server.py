@@ -59,6 +59,7 @@ from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteProtocolError
 from nixserve.protocol.builds import BuildClient
 from nixserve.protocol.interfaces import IBuilds, Interruptible, IServeTransport, IWorkers
+from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle
 from nixserve.protocol.workers import Door
@@ -92,6 +93,8 @@ HALF_CLOSED_SECONDS = 2.0
 reader on the slowest of links takes some bytes in that time. What holds on to things for so long that others notice is
 promised to be gone within 5 seconds, on a busy machine too."""
 
+_log = Logger()
+
 
 @implementer(IHalfCloseableProtocol)
 class ServeServer(Protocol):
@@ -103,7 +106,6 @@ class ServeServer(Protocol):
     """
 
     transport: IServeTransport
-    log = Logger()
 
     REQUIRED: ClassVar[dict[Command, tuple[Right, str]]] = {
         Command.QUERY_VALID_PATHS: (Right.READ, "querying paths is not allowed"),
@@ -133,6 +135,7 @@ class ServeServer(Protocol):
         self._session: StoreSession | None = None
         self._policy = policy
         self._peer = peer
+        self.log = PeerLog(_log, peer.budget)
         self._door = Door(workers, self._tellWait)
         self._stall = StallTimer(clock, stallSeconds, self._stalled, lambda: self.transport.sent)
         self._connection = ServerConnection(store.storeDir)
@@ -157,7 +160,9 @@ class ServeServer(Protocol):
     def connectionMade(self) -> None:
         """Begin the conversation."""
         self._throttle = Throttle(self.transport)
-        self.log.info("session {peer.session} of {peer.address} begins: {policy}", **self._facts(), policy=self._policy)
+        self.log.info(
+            "session {peer.session} of {peer.address} begins: {policy}", **self._facts(), policy=str(self._policy)
+        )
         conversation = Deferred.fromCoroutine(self._converse())
         conversation.addErrback(self._conversationFailed)
         conversation.addBoth(lambda _: self._free())
