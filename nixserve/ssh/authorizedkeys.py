@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from cryptography.exceptions import UnsupportedAlgorithm
 from twisted.conch.ssh.keys import BadKeyError, Key
 
+from nixserve.codec.text import shownText
 from nixserve.errors import FormatError, PolicyError
 from nixserve.ssh.command import ServeCommand, parseCommand
 
@@ -111,7 +112,7 @@ class AuthorizedKey:
     _notFrom: tuple[_AddressPattern, ...] = ()
 
     def __str__(self) -> str:
-        return f"{fingerprint(self.blob)} {self.comment}".rstrip()
+        return f"{fingerprint(self.blob)} {shownText(self.comment, 80)}".rstrip()
 
     def refusal(self, address: str, now: float) -> str:
         """

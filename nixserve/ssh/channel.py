@@ -33,8 +33,9 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IServeTransport
+from nixserve.protocol.peerlog import PeerLog
 from nixserve.ssh.sendqueue import SendQueue
-from nixserve.ssh.transport import MAX_PACKET
+from nixserve.ssh.transport import MAX_PACKET, ConchLog
 
 __all__ = ["ERROR_RESERVE", "FLUSH_SECONDS", "HIGH_WATER", "LOCAL_WINDOW", "LOW_WATER", "PacedChannel"]
 
@@ -55,6 +56,8 @@ ERROR_RESERVE = 64 * 1024
 FLUSH_SECONDS = 600.0
 
 _WINDOW_MAX = 2**32 - 1
+
+_log = Logger()
 
 
 @implementer(IServeTransport, IPushProducer)
@@ -78,7 +81,8 @@ class PacedChannel(SSHChannel):
     # A PacedConnection, or None before it is opened; the module that defines it imports this one.
     conn: Any
 
-    _channelLog = Logger()
+    # Over Conch's.
+    _log: Any = ConchLog()
 
     def __init__(self, clock: IReactorTime, **kwargs: Any) -> None:
         """
@@ -355,10 +359,15 @@ class PacedChannel(SSHChannel):
         try:
             getattr(self.protocol, method)(*arguments)
         except Exception:
-            self._channelLog.failure("a session failed in {method}", method=method)
+            self.peerLog.failure("a session failed in {method}", method=method)
             self.abortConnection()
             return False
         return True
+
+    @property
+    def peerLog(self) -> PeerLog:
+        """For what concerns the peer."""
+        return self.conn.transport.log if self.conn is not None else PeerLog(_log)
 
     def _credit(self, size: int) -> None:
         self._consumed += size

@@ -9,10 +9,9 @@ from collections import deque
 
 from twisted.conch.ssh.connection import EXTENDED_DATA_STDERR, SSHConnection
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger
 
 from nixserve.ssh.channel import PacedChannel
-from nixserve.ssh.transport import PacedTransport
+from nixserve.ssh.transport import ConchLog, PacedTransport
 
 __all__ = ["KEEPALIVE_LIMIT", "KEEPALIVE_SECONDS", "PacedConnection"]
 
@@ -34,7 +33,10 @@ class PacedConnection(SSHConnection):
 
     transport: PacedTransport
 
-    _connectionLog = Logger()
+    @property
+    def _log(self) -> ConchLog:  # type: ignore[override]
+        """Over Conch's."""
+        return ConchLog(self.transport.log)
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,13 +116,34 @@ class PacedConnection(SSHConnection):
         if channel.localClosed:
             return False
         if size > channel.localWindowLeft or size > channel.localMaxPacket:
-            self._connectionLog.warn(
-                "{peer} sent more than the channel's window: closing it", peer=self.transport.getPeer()
+            self.transport.log.warn(
+                "{peer} sent more than the channel's window: closing it", peer=self.transport.peerText
             )
             channel.abortConnection()
             return False
         channel.localWindowLeft -= size
         return True
+
+    def ssh_CHANNEL_OPEN_CONFIRMATION(self, packet: bytes) -> None:
+        """As Conch's, for a channel that we have asked for and that is not open. Payload: channel, and more."""
+        self._checkAsked(packet)
+        super().ssh_CHANNEL_OPEN_CONFIRMATION(packet)
+
+    def ssh_CHANNEL_OPEN_FAILURE(self, packet: bytes) -> None:
+        """
+        As L{ssh_CHANNEL_OPEN_CONFIRMATION}. Conch would forget a channel that is open, which then counts no more among
+        those that a client may have, while its session goes on.
+        """
+        self._checkAsked(packet)
+        super().ssh_CHANNEL_OPEN_FAILURE(packet)
+
+    def _checkAsked(self, packet: bytes) -> None:
+        """
+        @raise ValueError: the channel is open already.
+        """
+        (localChannel,) = struct.unpack_from(">L", packet)
+        if self.channels[localChannel] in self.channelsToRemoteChannel:
+            raise ValueError("an answer to a question that was not asked")
 
     # Keepalive
 
@@ -129,7 +152,7 @@ class PacedConnection(SSHConnection):
         if self.transport.heard:
             self._unanswered = 0
         if self._unanswered >= KEEPALIVE_LIMIT:
-            self._connectionLog.warn("{peer} does not answer: disconnecting", peer=self.transport.getPeer())
+            self.transport.log.warn("{peer} does not answer: disconnecting", peer=self.transport.peerText)
             self.transport.abort()
             return
         self.transport.heard = False

@@ -35,6 +35,7 @@ __all__ = [
     "AuthorizedKeysChecker",
     "AuthorizedKeysFile",
     "KeyCredentials",
+    "KnownKeyRefused",
     "loadHostKey",
     "readPrivateKey",
 ]
@@ -175,6 +176,10 @@ class AuthorizedKeysFile:
         return keys
 
 
+class KnownKeyRefused(UnauthorizedLogin):
+    """A key that has a line is not let in: from there, now, or with that signature."""
+
+
 @implementer(ISSHPrivateKey)
 @dataclass(frozen=True, slots=True)
 class KeyCredentials:
@@ -222,17 +227,17 @@ class AuthorizedKeysChecker:
         if credentials.signature is None:
             raise ValidPublicKey
         if not _verifies(credentials, entry.touchRequired):
-            raise UnauthorizedLogin("the signature does not verify")
+            raise KnownKeyRefused("the signature does not verify")
         return entry
 
     def _findLine(self, credentials: KeyCredentials) -> AuthorizedKey:
         """The first line for the key that lets it in from there now, as sshd takes it."""
-        reason = "the key is not known"
+        reason = ""
         for entry in self.keys.find(credentials.blob):
             reason = entry.refusal(credentials.address, self.now())
             if not reason:
                 return entry
-        raise UnauthorizedLogin(reason)
+        raise KnownKeyRefused(reason) if reason else UnauthorizedLogin("the key is not known")
 
 
 def _verifies(credentials: KeyCredentials, touchRequired: bool) -> bool:

@@ -1,8 +1,9 @@
 """
 The SSH endpoint: lets public keys in and runs sessions of C{nix-store --serve} for them, nothing else.
 
-Everything that faces strangers has a limit: how long a login may take, how many tries it has, how many connections
-may be at it at once. After that, a connection has at most L{MAX_CHANNELS} sessions.
+Everything that faces strangers has a limit: how many connections may be logging in and for how long
+(L{nixserve.ssh.admission}), how many keys each may try, how many bytes it may send until then. After that, a connection
+has at most L{MAX_CHANNELS} sessions.
 """
 
 from __future__ import annotations
@@ -23,36 +24,38 @@ from twisted.conch.ssh.keys import Key
 from twisted.cred.error import UnauthorizedLogin
 from twisted.cred.portal import IRealm, Portal
 from twisted.internet.defer import Deferred, fail
-from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
-from twisted.logger import Logger
+from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import Interface, implementer
 
+from nixserve.codec.text import shownText
 from nixserve.errors import PolicyError
 from nixserve.protocol.interfaces import IServeSessions
+from nixserve.protocol.peerlog import LogBudget, LogBudgets, PeerLog
 from nixserve.protocol.policy import READ_ONLY, Peer, Policy
+from nixserve.ssh.admission import TURN_BYTES, Admission, sourceOf
 from nixserve.ssh.authorizedkeys import AuthorizedKey, fingerprint
 from nixserve.ssh.channel import PacedChannel
 from nixserve.ssh.command import ServeCommand, isDaemonCommand, parseCommand
 from nixserve.ssh.connection import PacedConnection
-from nixserve.ssh.keys import AuthorizedKeysChecker, KeyCredentials
-from nixserve.ssh.transport import PUBLIC_KEY_ALGORITHMS, PacedTransport
+from nixserve.ssh.keys import AuthorizedKeysChecker, KeyCredentials, KnownKeyRefused
+from nixserve.ssh.transport import PUBLIC_KEY_ALGORITHMS, ConchLog, PacedTransport, addressText
 
 __all__ = [
-    "LOGIN_SECONDS",
+    "FOREIGN_TRIES",
     "LOGIN_TRIES",
     "MAX_CHANNELS",
-    "MAX_LOGINS",
+    "MAX_LOGIN_BYTES",
     "ServeFactory",
     "ServeRealm",
 ]
 
-# From the TCP connection to the end of the login; sshd's LoginGraceTime is four times that.
-LOGIN_SECONDS = 30
-# As sshd's MaxAuthTries. A client offers each key of its agent, and each that is refused is a try.
+# As sshd's MaxAuthTries, of keys that are known here.
 LOGIN_TRIES = 6
-# Connections that have not logged in; sshd's MaxStartups begins to refuse at 10.
-MAX_LOGINS = 32
+# A client offers each key of its agent in turn, and most of them are for other hosts.
+FOREIGN_TRIES = 20
+# A login takes some 5 KiB, and less than 2 for each further key, if it is of the largest kind.
+MAX_LOGIN_BYTES = 128 * 1024
 # Sessions and half-open channels of one connection; sshd's MaxSessions is 10.
 MAX_CHANNELS = 64
 
@@ -64,24 +67,18 @@ _USER_KEY_ALGORITHMS = (
     b"sk-ecdsa-sha2-nistp256@openssh.com",
 )
 
-_log = Logger()
-
 
 def addressHost(address: IAddress) -> str:
     """The text of an IP address, or empty for other kinds of sockets."""
     return str(getattr(address, "host", ""))
 
 
-def addressText(address: IAddress) -> str:
-    """An address for logs: C{192.0.2.1:5555}, C{[2001:db8::1]:5555}, or what Twisted prints."""
-    host, port = addressHost(address), getattr(address, "port", None)
-    if not host:
-        return str(address)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 class ServeTransport(PacedTransport, transport.SSHServerTransport):
-    """One connection, with the limits on its login."""
+    """
+    One connection, with the limits on its login.
+
+    @ivar source: see L{nixserve.ssh.admission.Newcomer}.
+    """
 
     version = b"nixserve"
     # OpenSSH's client tells a server whose name begins like this, and no other, that whoever read from it is gone
@@ -91,36 +88,72 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
 
     factory: ServeFactory
 
-    _loginTimeout: IDelayedCall | None = None
+    source = ""
+    _early = b""
+    _earlyBytes = 0
 
     @property
     def peerAddress(self) -> IAddress:
         """Where the client is."""
         return cast(IAddress, self.transport.getPeer())
 
+    def makeBudget(self) -> LogBudget:
+        """A part of that of the client's address, and then of its key."""
+        return self.factory.budgets.connection(self.peerText, f"the address {self.source}")
+
     def connectionMade(self) -> None:
-        """Start the time that a login may take."""
-        self.factory.loggingIn.add(self)
+        """Say hello, and stand at the door."""
         self.factory.connections.add(self)
-        self._loginTimeout = self.clock.callLater(LOGIN_SECONDS, self._loginTooSlow)
+        self.source = sourceOf(addressHost(self.peerAddress))
         super().connectionMade()
+        self.factory.admission.enter(self)
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         """Forget the connection."""
-        self.loginOver()
+        self.factory.admission.leave(self)
         self.factory.connections.discard(self)
         super().connectionLost(reason)
 
-    def loginOver(self) -> None:
-        """The client has logged in, or is gone."""
-        self.factory.loggingIn.discard(self)
-        if self._loginTimeout is not None and self._loginTimeout.active():
-            self._loginTimeout.cancel()
+    def loginOver(self, entry: AuthorizedKey) -> None:
+        """The client has logged in."""
+        self.factory.admission.leave(self)
+        if self.log.budget is not None:
+            self.log.budget.above = self.factory.budgets.known(f"the key {entry}")
 
-    def _loginTooSlow(self) -> None:
-        _log.warn("{peer} did not log in within {seconds} s", peer=addressText(self.peerAddress), seconds=LOGIN_SECONDS)
-        self.factory.loggingIn.discard(self)
-        self.sendDisconnect(transport.DISCONNECT_NO_MORE_AUTH_METHODS_AVAILABLE, b"the login took too long")
+    # Before the login
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes from TCP. Until the client has logged in they wait for their turn, and the next ones in the kernel."""
+        if self not in self.factory.admission:
+            super().dataReceived(data)
+            return
+        self._early += data
+        self._earlyBytes += len(data)
+        self.transport.pauseProducing()
+        self.factory.admission.wantTurn(self)
+
+    def takeTurn(self) -> None:
+        """See L{nixserve.ssh.admission.Newcomer}."""
+        piece, self._early = self._early[:TURN_BYTES], self._early[TURN_BYTES:]
+        super().dataReceived(piece)
+        if self not in self.factory.admission:
+            # It has logged in, or is at its end.
+            piece, self._early = self._early, b""
+            super().dataReceived(piece)
+        elif self._earlyBytes > MAX_LOGIN_BYTES:
+            self.factory.admission.leave(self)
+            self.turnAway(f"more than {MAX_LOGIN_BYTES} bytes and no login")
+            return
+        elif self._early:
+            self.factory.admission.wantTurn(self)
+            return
+        self.transport.resumeProducing()
+
+    def turnAway(self, reason: str) -> None:
+        """See L{nixserve.ssh.admission.Newcomer}."""
+        self._early = b""
+        self.log.warn("{peer} is disconnected before its login: {reason}", peer=self.peerText, reason=reason)
+        self.sendDisconnect(transport.DISCONNECT_NO_MORE_AUTH_METHODS_AVAILABLE, reason.encode("ascii"))
 
     def sendExtInfo(self, extensions: list[tuple[bytes, bytes]]) -> None:
         """
@@ -165,12 +198,22 @@ class ServeUserAuth(userauth.SSHUserAuthServer):
     transport: ServeTransport
     # Conch disconnects at one more than this.
     attemptsBeforeDisconnect = LOGIN_TRIES - 1
-    loginTimeout = LOGIN_SECONDS
+
+    def __init__(self) -> None:
+        self._foreign = 0
+
+    @property
+    def _log(self) -> ConchLog:  # type: ignore[override]
+        """Over Conch's."""
+        return ConchLog(self.transport.log)
 
     def serviceStarted(self) -> None:
-        """Use the transport's clock, whatever reactor Conch found, and tell the portal the client's address."""
+        """Tell the portal the client's address; and no clock but that of the admission runs."""
+        # Conch's clock counts what the server takes, too.
         self.clock = self.transport.clock
         super().serviceStarted()
+        self._cancelLoginTimeout.cancel()
+        self._cancelLoginTimeout = None  # type: ignore[assignment]
         self.portal = _AddressedPortal(self.transport.factory.portal, addressHost(self.transport.peerAddress))
 
     def ssh_USERAUTH_REQUEST(self, packet: bytes) -> Deferred[Any] | None:
@@ -200,11 +243,22 @@ class ServeUserAuth(userauth.SSHUserAuthServer):
             login = fail(UnauthorizedLogin(str(error)))
         return login.addErrback(self._logRefusal, blob)
 
+    def _ebBadAuth(self, reason: Failure) -> None:
+        """
+        A try has failed. Keys that are not known here are other hosts', and Conch counts them as it does guesses.
+        """
+        if reason.check(KnownKeyRefused) or not reason.check(UnauthorizedLogin) or self._foreign >= FOREIGN_TRIES:
+            super()._ebBadAuth(reason)
+            return
+        self._foreign += 1
+        methods = NS(b",".join(self.supportedAuthentications))
+        self.transport.sendPacket(userauth.MSG_USERAUTH_FAILURE, methods + b"\x00")
+
     def _logRefusal(self, reason: Failure, blob: bytes) -> Failure:
         if reason.check(UnauthorizedLogin):
-            _log.info(
+            self.transport.log.info(
                 "{peer}: the key {key} is refused: {reason}",
-                peer=addressText(self.transport.peerAddress),
+                peer=self.transport.peerText,
                 key=fingerprint(blob),
                 reason=reason.getErrorMessage(),
             )
@@ -218,10 +272,11 @@ class ServeConnection(PacedConnection):
 
     def serviceStarted(self) -> None:
         """The login is over."""
-        self.transport.loginOver()
         avatar = cast(ServeAvatar, self.transport.avatar)
+        self.transport.loginOver(avatar.entry)
         avatar.address = self.transport.peerAddress
-        _log.info("{peer} logged in with {key}", peer=avatar.peerText, key=str(avatar.entry))
+        avatar.log = self.transport.log
+        self.transport.log.info("{peer} logged in with {key}", peer=avatar.peerText, key=str(avatar.entry))
         super().serviceStarted()
 
     def ssh_CHANNEL_OPEN(self, packet: bytes) -> None:
@@ -238,7 +293,7 @@ class ServeConnection(PacedConnection):
             super().ssh_CHANNEL_OPEN(packet)
 
     def _refuseChannel(self, rest: bytes, code: int, kind: bytes, reason: bytes) -> None:
-        cast(ServeAvatar, self.transport.avatar).logRefusal("channel " + ascii(kind)[2:-1], reason.decode("ascii"))
+        cast(ServeAvatar, self.transport.avatar).logRefusal("channel " + shownText(kind, 40), reason.decode("ascii"))
         (sender,) = struct.unpack_from(">L", rest)
         self.transport.sendPacket(_MSG_CHANNEL_OPEN_FAILURE, struct.pack(">2L", sender, code) + NS(reason) + NS(b""))
 
@@ -267,23 +322,23 @@ class ServeChannel(PacedChannel):
         try:
             command = self.avatar.decide(line)
         except PolicyError as error:
-            self.avatar.logRefusal(f"command {line[:200]!a}", str(error))
+            self.avatar.logRefusal(f"command {shownText(line, 120)}", str(error))
             self._refuse(f"error: {error}")
             return True
         session = self.avatar.realm.nextSession()
-        peer = Peer(self.avatar.peerText, str(self.avatar.entry), session)
-        _log.info(
+        peer = Peer(self.avatar.peerText, str(self.avatar.entry), session, self.avatar.log.budget)
+        self.avatar.log.info(
             "{peer} ({key}): session {session} with the rights {policy}: {command}",
             peer=peer.address,
             key=peer.key,
             session=session,
             policy=str(command.policy),
-            command=ascii(line[:200]),
+            command=line,
         )
         try:
             self.attach(self.avatar.realm.sessions.buildSession(command.policy, peer))
         except Exception:
-            _log.failure("session {session} could not be built", session=session)
+            self.avatar.log.failure("session {session} could not be built", session=session)
             self._refuse("error: internal error of the endpoint; its log says more")
         return True
 
@@ -309,7 +364,7 @@ class ServeChannel(PacedChannel):
 
     def unknownRequest(self, requestType: bytes) -> bool:
         """A terminal, a subsystem, X11, an agent: refused, and logged."""
-        self.avatar.logRefusal("request " + ascii(requestType)[2:-1], "only nix-store --serve runs here")
+        self.avatar.logRefusal("request " + shownText(requestType, 40), "only nix-store --serve runs here")
         return False
 
     def _refuse(self, line: str) -> None:
@@ -324,9 +379,13 @@ class ServeAvatar(ConchUser):
     @ivar entry: the line of C{authorized_keys} that let it in.
     @ivar realm: what it may use.
     @ivar address: where it is; set when its connection starts.
+    @ivar log: for what concerns it; likewise.
     """
 
     address: IAddress
+    log: PeerLog
+    # Over Conch's.
+    _log: Any = ConchLog()
 
     def __init__(self, entry: AuthorizedKey, realm: ServeRealm) -> None:
         super().__init__()
@@ -345,7 +404,7 @@ class ServeAvatar(ConchUser):
     def gotGlobalRequest(self, requestType: bytes, data: bytes) -> int:
         """Forwarding of ports and sockets is refused; so is a keepalive, which is an answer all the same."""
         if b"forward" in requestType:
-            self.logRefusal("request " + ascii(requestType)[2:-1], "forwarding is not offered here")
+            self.logRefusal("request " + shownText(requestType, 40), "forwarding is not offered here")
         return 0
 
     def decide(self, line: str) -> ServeCommand:
@@ -362,12 +421,12 @@ class ServeAvatar(ConchUser):
             asked = parseCommand(line)
             command = ServeCommand(asked.policy.cutDownTo(self.realm.defaultPolicy), asked.storeURI)
         if command.storeURI is not None and not self.realm.sessions.isServed(command.storeURI):
-            raise PolicyError(f"the store '{command.storeURI[:200]}' is not served here; leave out '--store'")
+            raise PolicyError(f"the store '{shownText(command.storeURI, 200)}' is not served here; leave out '--store'")
         return command
 
     def logRefusal(self, what: str, reason: str) -> None:
         """Log that something was refused."""
-        _log.warn(
+        self.log.warn(
             "{peer} ({key}): refused {what}: {reason}",
             peer=self.peerText,
             key=str(self.entry),
@@ -421,11 +480,14 @@ class ServeFactory(SSHFactory):
     """
     Builds the connections of one SSH port.
 
-    @ivar loggingIn: the connections that have not logged in.
+    @ivar admission: the connections that have not logged in.
     @ivar connections: all of them.
+    @ivar budgets: how much may be logged about whom.
     """
 
     protocol = ServeTransport
+    # Over Conch's.
+    _log: Any = ConchLog()
     noisy = False
     services = {ServeUserAuth.name: ServeUserAuth, ServeConnection.name: ServeConnection}
     # No key exchange that needs them is offered.
@@ -442,20 +504,12 @@ class ServeFactory(SSHFactory):
         self.privateKeys = {key.sshType(): key for key in hostKeys}
         self.publicKeys = {name: key.public() for name, key in self.privateKeys.items()}
         self.clock = clock
-        self.loggingIn: set[ServeTransport] = set()
+        self.admission = Admission(clock)
+        self.budgets = LogBudgets(clock.seconds)
         self.connections: set[ServeTransport] = set()
 
-    def buildProtocol(self, addr: IAddress | None) -> ServeTransport | None:  # type: ignore[override]
-        """
-        @return: C{None}, on which the reactor closes the connection, if too many have not logged in.
-        """
-        if len(self.loggingIn) >= MAX_LOGINS:
-            _log.warn(
-                "{peer} is turned away: {count} connections have not logged in yet",
-                peer=addressText(addr) if addr is not None else "somebody",
-                count=len(self.loggingIn),
-            )
-            return None
+    def buildProtocol(self, addr: IAddress | None) -> ServeTransport:
+        """A connection, with the algorithms of our host keys."""
         connection = self.protocol()
         connection.factory = self
         connection.clock = self.clock

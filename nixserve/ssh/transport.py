@@ -13,6 +13,8 @@ What differs from L{twisted.conch.ssh.transport} (Twisted 26.10):
     at L{MAX_BACKLOG}.
   - New keys after L{REKEY_BYTES}, which Conch never asks for, and sequence numbers that wrap.
   - A malformed packet ends the connection with one line in the log, not with a traceback.
+  - Of what Conch logs, which is each message of a peer with its words, nothing is but what went wrong in it; that, and
+    what is logged here, goes through the connection's L{PeerLog}.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import hmac
 import os
 import struct
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +32,17 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-__all__ = ["MAX_BACKLOG", "MAX_PACKET", "PUBLIC_KEY_ALGORITHMS", "REKEY_BYTES", "PacedTransport"]
+from nixserve.protocol.peerlog import CONNECTION, LogBudget, PeerLog
+
+__all__ = [
+    "MAX_BACKLOG",
+    "MAX_PACKET",
+    "PUBLIC_KEY_ALGORITHMS",
+    "REKEY_BYTES",
+    "ConchLog",
+    "PacedTransport",
+    "addressText",
+]
 
 # What OpenSSH uses; every implementation must take it (RFC 4253, section 6.1).
 MAX_PACKET = 32 * 1024
@@ -73,6 +86,36 @@ _DATA_HEAD = struct.Struct(">LL")
 # Conch's own limit on an incoming packet; RFC 4253 asks for 35,000 at least.
 _MAX_INCOMING = 256 * 1024
 
+_log = Logger()
+
+
+class ConchLog:
+    """
+    What Conch's classes log to here, in the place of their C{_log}: failures, as anything that concerns a peer, and
+    nothing else.
+    """
+
+    def __init__(self, log: PeerLog | None = None) -> None:
+        self._peerLog = log
+
+    def debug(self, text: str, **facts: Any) -> None:
+        """Dropped: twistd's log files have events of this level too."""
+
+    info = warn = error = debug
+
+    def failure(self, text: str, failure: Failure | None = None, **facts: Any) -> None:
+        """As L{Logger.failure}."""
+        if self._peerLog is not None:
+            self._peerLog.failure(text, failure, **facts)
+
+
+def addressText(address: Any) -> str:
+    """An address for logs: C{192.0.2.1:5555}, C{[2001:db8::1]:5555}, or what Twisted prints."""
+    host, port = getattr(address, "host", None), getattr(address, "port", None)
+    if not host:
+        return str(address)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
 
 @implementer(IPushProducer)
 class PacedTransport(transport.SSHTransportBase):
@@ -84,6 +127,7 @@ class PacedTransport(transport.SSHTransportBase):
     of Twisted 26.10; the tests of rekeying fail if they change.
 
     @ivar clock: gives time and delayed calls; set by the factory before the connection is made.
+    @ivar log: for what concerns the peer.
     @ivar heard: has anything arrived since somebody last set this to false? For the keepalive.
     @ivar onWritable: called whenever L{canSend} may have become true.
     @ivar onData: called with the local channel number and bytes of each C{SSH_MSG_CHANNEL_DATA}; C{None} while no
@@ -107,7 +151,9 @@ class PacedTransport(transport.SSHTransportBase):
     onWritable: Callable[[], None] | None = None
     onData: Callable[[int, bytes], None] | None = None
 
-    _packetLog = Logger()
+    log = PeerLog(_log)
+    # Over Conch's.
+    _log: Any = ConchLog()
     _paused = False
     _ending = False
     _lingering: IDelayedCall | None = None
@@ -134,7 +180,18 @@ class PacedTransport(transport.SSHTransportBase):
             # Requests and answers are small and wait for each other: Nagle's algorithm would add 40 ms to each.
             setNoDelay(True)
         self.transport.registerProducer(self, True)
+        self.log = PeerLog(_log, self.makeBudget())
+        self._log = ConchLog(self.log)
         super().connectionMade()
+
+    def makeBudget(self) -> LogBudget:
+        """How much may be logged about this connection."""
+        return LogBudget(f"the connection to {self.peerText}", CONNECTION)
+
+    @property
+    def peerText(self) -> str:
+        """Where the peer is, for logs."""
+        return addressText(self.transport.getPeer())
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         """Tell the running service, once."""
@@ -143,6 +200,7 @@ class PacedTransport(transport.SSHTransportBase):
             self._lingering.cancel()
         super().connectionLost(reason)
         self.onWritable = self.onData = None
+        self.log.close()
 
     def sendDisconnect(self, reason: int, desc: bytes) -> None:
         """Say goodbye, and see to it that the connection ends even if the peer does not read it."""
@@ -158,13 +216,13 @@ class PacedTransport(transport.SSHTransportBase):
         self.transport.abortConnection()
 
     def receiveError(self, reasonCode: int, description: bytes) -> None:
-        """The peer says goodbye. OpenSSH does so at the end of each connection: not an error."""
-        self._packetLog.debug(
-            "{peer} disconnected: {description}",
-            peer=self.transport.getPeer(),
-            code=reasonCode,
-            description=description.decode("utf-8", "replace"),
-        )
+        """The peer says goodbye, as OpenSSH does at the end of each connection: that is no news."""
+
+    def receiveDebug(self, alwaysDisplay: bool, message: bytes, lang: bytes) -> None:
+        """Nobody here is to be shown what the peer would like to be shown (RFC 4253, section 11.3)."""
+
+    def receiveUnimplemented(self, seqnum: int) -> None:
+        """The peer does not know a message of ours: all of them are in the RFCs, or are answered with "no"."""
 
     # As the producer of TCP
 
@@ -215,7 +273,7 @@ class PacedTransport(transport.SSHTransportBase):
         if self._paused or exchanging:
             self._backlog += len(payload) + _PACKET_OVERHEAD
             if self._backlog > MAX_BACKLOG and not self._ending:
-                self._packetLog.warn("{peer} does not read: disconnecting", peer=self.transport.getPeer())
+                self.log.warn("{peer} does not read: disconnecting", peer=self.peerText)
                 self.abort()
         if self._ending:
             return
@@ -281,12 +339,13 @@ class PacedTransport(transport.SSHTransportBase):
         try:
             call(argument)
         except Exception as error:
-            self._packetLog.warn(
-                "{peer} sent a malformed packet ({error}): disconnecting",
-                peer=self.transport.getPeer(),
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self.log.warn(
+                "{peer} sent a malformed packet ({error}, in {place}): disconnecting",
+                peer=self.peerText,
                 error=f"{type(error).__name__}: {error}",
+                place=f"{place.name}:{place.lineno}",
             )
-            self._packetLog.debug("{failure}", failure=Failure())
             self.sendDisconnect(transport.DISCONNECT_PROTOCOL_ERROR, b"malformed packet")
 
     def _dispatch(self, size: int) -> None:

@@ -165,8 +165,8 @@ class Server:
             line = self.hostKey.public().toString("OPENSSH").decode()
             stream.write(f"[127.0.0.1]:{self.number} {line}\n")
 
-    def authorize(self, options="", key=None):
-        line = (key or self.userKey).public().toString("OPENSSH", comment=b"me@here").decode()
+    def authorize(self, options="", key=None, comment="me@here"):
+        line = (key or self.userKey).public().toString("OPENSSH", comment=comment.encode()).decode()
         descriptor = os.open(f"{self.directory}/authorized_keys", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(f"{options} {line}\n".lstrip())

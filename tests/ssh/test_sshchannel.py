@@ -7,11 +7,12 @@ from twisted.internet.error import ConnectionAborted, ConnectionDone, Connection
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
-from twisted.logger import capturedLogs
+from twisted.logger import Logger, capturedLogs
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from nixserve.protocol.interfaces import IServeTransport
+from nixserve.protocol.peerlog import PeerLog
 from nixserve.ssh.channel import ERROR_RESERVE, FLUSH_SECONDS, HIGH_WATER, LOCAL_WINDOW, LOW_WATER, PacedChannel
 from nixserve.ssh.connection import KEEPALIVE_SECONDS, PacedConnection
 from nixserve.ssh.sendqueue import MAX_ERROR_BYTES, SendQueue
@@ -30,6 +31,8 @@ class RecordingTransport:
         self.aborted = False
         self.onWritable = self.onData = None
         self.limit = None
+        self.log = PeerLog(Logger())
+        self.peerText = "peer"
 
     def sendPacket(self, kind, payload):
         self.packets.append((kind, payload))
@@ -39,9 +42,6 @@ class RecordingTransport:
         if self.limit is not None:
             self.limit -= 1
             self.canSend = self.limit > 0
-
-    def getPeer(self):
-        return "peer"
 
     def abort(self):
         self.aborted = True

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from twisted.conch.ssh.common import NS
 from twisted.conch.ssh.keys import Key
 from twisted.internet import reactor
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.error import ConnectionDone, ConnectionLost, ConnectionRefusedError, ProcessTerminated
 from twisted.internet.protocol import Protocol
@@ -19,11 +19,12 @@ from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY
-from nixserve.ssh import server as serverModule
+from nixserve.ssh import admission as admissionModule
 from nixserve.ssh import transport as transportModule
+from nixserve.ssh.admission import LOGIN_SECONDS, TICK_SECONDS
 from nixserve.ssh.authorizedkeys import fingerprint
 from nixserve.ssh.client import HostKeyError, LoginError, SSHError, readKnownHosts
-from nixserve.ssh.server import LOGIN_SECONDS, LOGIN_TRIES, MAX_CHANNELS, MAX_LOGINS
+from nixserve.ssh.server import FOREIGN_TRIES, LOGIN_TRIES, MAX_CHANNELS
 from nixserve.ssh.transport import MAX_BACKLOG
 from tests.ssh.support import MIB, Recorder, Server, Source, clientFactory, sleep, until, within
 
@@ -260,13 +261,24 @@ async def test_linesThatLetNobodyIn(makeServer, options):
 
 @pytest_twisted.ensureDeferred
 async def test_tooManyTries(makeServer):
-    """The sixth key that is refused is the last."""
-    server = makeServer()
-    keys = [Key(ed25519.Ed25519PrivateKey.generate()) for _ in range(LOGIN_TRIES)]
+    """The sixth try with a key that is known here is the last."""
+    server = makeServer(options='from="10.0.0.1"')
     with pytest.raises(SSHError, match="too many bad auths"):
-        await connect(server, keys=[*keys, server.userKey])
-    recorder = await connect(server, b"status 0\n", keys=[*keys[1:], server.userKey])
+        await connect(server, keys=[server.userKey] * (LOGIN_TRIES + 1))
+    with pytest.raises(LoginError):
+        await connect(server, keys=[server.userKey] * (LOGIN_TRIES - 1))
+
+
+@pytest_twisted.ensureDeferred
+async def test_manyForeignKeys(makeServer):
+    """Keys that are not known here, up to twenty, are no tries: an agent holds those of other hosts."""
+    server = makeServer()
+    keys = [Key(ed25519.Ed25519PrivateKey.generate()) for _ in range(FOREIGN_TRIES)]
+    recorder = await connect(server, b"status 0\n", keys=[*keys, server.userKey])
     await within(reactor, 10, recorder.ended)
+    more = [Key(ed25519.Ed25519PrivateKey.generate()) for _ in range(LOGIN_TRIES)]
+    with pytest.raises(SSHError, match="too many bad auths"):
+        await connect(server, keys=[*keys, *more, server.userKey])
 
 
 @pytest_twisted.ensureDeferred
@@ -371,39 +383,83 @@ def raw(server, greeting=b""):
 
 
 @pytest_twisted.ensureDeferred
-async def test_flood(makeServer, monkeypatch):
-    """Beyond so many that have not logged in, connections are closed at once; who has logged in is not counted."""
-    monkeypatch.setattr(serverModule, "MAX_LOGINS", 4)
-    assert MAX_LOGINS == 32
-    server = makeServer()
-    inside = await connect(server, b"echo\n")
-    idle = [await raw(server) for _ in range(4)]
-    await until(reactor, lambda: len(server.factory.loggingIn) == 4)
-    late = await raw(server)
-    await until(reactor, lambda: late.lost)
-    assert late.data == b""
-    idle.pop().transport.loseConnection()
-    await until(reactor, lambda: len(server.factory.loggingIn) == 3)
-    recorder = await connect(server, b"status 0\n")
-    await within(reactor, 10, recorder.ended)
-    inside.transport.write(b"still here")
-    await until(reactor, lambda: inside.data == b"still here")
-    inside.transport.abortConnection()
-
-
-@pytest_twisted.ensureDeferred
 async def test_loginTakesTooLong(makeServer):
     """A connection that has not logged in after 30 s is closed; one that has, is not."""
     clock = Clock()
     server = makeServer(clock=clock)
     idle = await raw(server, b"SSH-2.0-slow\r\n")
-    await until(reactor, lambda: len(server.factory.loggingIn) == 1)
-    clock.advance(LOGIN_SECONDS - 1)
+    await until(reactor, lambda: len(server.factory.admission) == 1)
+    clock.pump([TICK_SECONDS] * (LOGIN_SECONDS - 1))
     await sleep(reactor, 0.05)
     assert not idle.lost
-    clock.advance(1)
+    clock.advance(TICK_SECONDS)
     await until(reactor, lambda: idle.lost)
     assert b"took too long" in idle.data
+
+
+@pytest_twisted.ensureDeferred
+async def test_loginClockOfABusyServer(makeServer):
+    """While the reactor is held up the time of a login stands still: however late a tick comes, it is one."""
+    clock = Clock()
+    server = makeServer(clock=clock)
+    idle = await raw(server, b"SSH-2.0-honest\r\n")
+    await until(reactor, lambda: len(server.factory.admission) == 1)
+    for _ in range(LOGIN_SECONDS - 1):
+        clock.advance(10 * TICK_SECONDS)
+    await sleep(reactor, 0.05)
+    assert not idle.lost
+    idle.transport.loseConnection()
+
+
+@pytest_twisted.ensureDeferred
+async def test_idleConnections(makeServer):
+    """99 connections that say nothing keep nobody out, not even from their own address; nor does a burst of 80."""
+    server = makeServer()
+    idle = [await raw(server) for _ in range(99)]
+    await until(reactor, lambda: len(server.factory.admission) == 99)
+    recorders = await within(reactor, 60, gatherResults([
+        Deferred.fromCoroutine(connect(server, b"status 0\n", timeoutSeconds=60)) for _ in range(80)
+    ]))  # fmt: skip
+    await within(reactor, 60, gatherResults([recorder.ended for recorder in recorders]))
+    assert not any(stranger.lost for stranger in idle)
+    for stranger in idle:
+        stranger.transport.loseConnection()
+
+
+@pytest_twisted.ensureDeferred
+async def test_slowestGoesFirst(makeServer, monkeypatch):
+    """When too many have not logged in, who has been waited for longest makes room; who has logged in stays."""
+    monkeypatch.setattr(admissionModule, "MAX_LOGINS", 4)
+    clock = Clock()
+    server = makeServer(clock=clock)
+    idle = [await raw(server)]
+    await until(reactor, lambda: len(server.factory.admission) == 1)
+    clock.advance(TICK_SECONDS)
+    for count in range(2, 5):
+        idle.append(await raw(server))
+        await until(reactor, lambda count=count: len(server.factory.admission) == count)
+    late = await raw(server)
+    await until(reactor, lambda: idle[0].lost)
+    await until(reactor, lambda: late.data)
+    assert b"too many connections" in idle[0].data
+    assert not late.lost
+    assert not any(stranger.lost for stranger in idle[1:])
+
+
+@pytest_twisted.ensureDeferred
+async def test_tooMuchBeforeTheLogin(makeServer):
+    """Who sends without end and does not log in is cut off."""
+    server = makeServer()
+    stranger = await raw(server, b"SSH-2.0-x\r\n" + plainPacket(2, NS(b"x" * 1000)) * 1000)
+    await until(reactor, lambda: stranger.lost)
+    assert b"bytes and no login" in stranger.data
+    assert not server.factory.connections
+
+
+def plainPacket(kind, payload):
+    """A packet before the first key exchange."""
+    padding = 16 - (6 + len(payload)) % 8
+    return struct.pack(">LBB", 2 + len(payload) + padding, padding, kind) + payload + bytes(padding)
 
 
 @pytest.mark.parametrize(

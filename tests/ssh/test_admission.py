@@ -1,0 +1,162 @@
+"""
+Who is let to log in, and when.
+"""
+
+import pytest
+from twisted.internet.task import Clock
+
+from nixserve.ssh.admission import (
+    LOGIN_SECONDS,
+    MAX_LOGINS,
+    MAX_PER_SOURCE,
+    PATIENCE_SECONDS,
+    TICK_SECONDS,
+    Admission,
+    sourceOf,
+)
+
+
+class Somebody:
+    """Records its turns; each takes some time, and there may be more to do after it."""
+
+    def __init__(self, admission, source="a", clock=None, takes=0.0, more=0, order=None):
+        self.admission, self.source, self.clock = admission, source, clock
+        self.takes, self.more = takes, more
+        self.order = [] if order is None else order
+        self.reason = None
+        admission.enter(self)
+
+    def takeTurn(self):
+        self.order.append(self.source)
+        if self.takes:
+            self.clock.advanceTime(self.takes)
+        if self.more:
+            self.more -= 1
+            self.admission.wantTurn(self)
+
+    def turnAway(self, reason):
+        self.reason = reason
+
+
+class StoppableClock(Clock):
+    """A clock that can also go on while the reactor is busy."""
+
+    def advanceTime(self, seconds):
+        self.rightNow += seconds
+
+
+@pytest.fixture
+def clock():
+    return StoppableClock()
+
+
+@pytest.fixture
+def admission(clock):
+    return Admission(clock)
+
+
+@pytest.mark.parametrize(
+    ("host", "source"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+        ("/a/socket", ""),
+    ],
+)
+def test_sources(host, source):
+    """An address counts for itself, of IPv6 for its network of 64 bits."""
+    assert sourceOf(host) == source
+
+
+def test_firstTurnIsAtOnce(admission):
+    """Who comes alone does not wait."""
+    one = Somebody(admission)
+    admission.wantTurn(one)
+    assert one.order == ["a"]
+
+
+def test_turnsGoRound(admission, clock):
+    """One address after the other, however many connections each has."""
+    order = []
+    first = Somebody(admission, "busy", order=order)
+    admission.wantTurn(first)
+    for newcomer in [Somebody(admission, "busy", order=order) for _ in range(5)]:
+        admission.wantTurn(newcomer)
+    admission.wantTurn(Somebody(admission, "honest", order=order))
+    clock.pump([0] * 10)
+    assert order == ["busy", "busy", "honest", "busy", "busy", "busy", "busy"]
+
+
+def test_halfOfTheTimeIsOthers(admission, clock):
+    """After a turn as much time as it took passes before the next one."""
+    one = Somebody(admission, clock=clock, takes=0.1, more=3)
+    admission.wantTurn(one)
+    assert len(one.order) == 1
+    clock.pump([0, 0, 0.05])
+    assert len(one.order) == 1
+    clock.advance(0.06)
+    assert len(one.order) == 2
+
+
+def test_whoStandsInLineLosesNoTime(admission, clock):
+    """The clock of a login does not run while the server has not got round to it."""
+    one, other = Somebody(admission), Somebody(admission, "b")
+    admission.wantTurn(one)
+    admission.wantTurn(other)
+    # The reactor comes to ticks and to nothing else.
+    for _ in range(2 * LOGIN_SECONDS):
+        admission._ticked()
+    assert one.reason is not None
+    assert other.reason is None
+    assert list(admission._waitedFor) == [other]
+
+
+def test_lateTicks(admission, clock):
+    """A reactor that is held up for a minute at a time locks nobody out."""
+    one = Somebody(admission)
+    for _ in range(LOGIN_SECONDS - 1):
+        clock.advance(60)
+    assert one.reason is None
+    clock.advance(TICK_SECONDS)
+    assert "too long" in one.reason
+
+
+def test_burst(admission):
+    """As many as there is room for come at once from one address, and nobody is turned away."""
+    burst = [Somebody(admission) for _ in range(MAX_LOGINS)]
+    assert not any(one.reason for one in burst)
+
+
+def test_tooManyOfOneAddress(admission, clock):
+    """Beyond so many of an address its slowest make room, first come first; those of others stay."""
+    other = Somebody(admission, "b")
+    idle = [Somebody(admission) for _ in range(MAX_PER_SOURCE)]
+    clock.pump([TICK_SECONDS] * PATIENCE_SECONDS)
+    for count in range(1, 4):
+        Somebody(admission)
+        assert [one.reason is not None for one in idle] == [True] * count + [False] * (MAX_PER_SOURCE - count)
+    assert other.reason is None
+    assert len(admission) == MAX_PER_SOURCE + 1
+
+
+def test_floodOfConnections(admission):
+    """Beyond so many at all, the address that has most makes room; a single one of another address is never it."""
+    honest = Somebody(admission, "honest")
+    flood = [Somebody(admission, "flood") for _ in range(2 * MAX_LOGINS)]
+    assert honest.reason is None
+    assert len(admission) == MAX_LOGINS
+    assert sum(one.reason is not None for one in flood) == MAX_LOGINS + 1
+    assert flood[-1].reason is None
+
+
+def test_nobodyIsForgotten(admission, clock):
+    """When all have left nothing ticks any more."""
+    one = Somebody(admission)
+    admission.leave(one)
+    admission.wantTurn(one)
+    assert one.order == []
+    assert clock.getDelayedCalls() == []
