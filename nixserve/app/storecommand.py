@@ -19,7 +19,7 @@ from contextlib import suppress
 from nixserve import __version__
 from nixserve.codec.relay import MAX_FRAME, Frame, FrameReader, RelayHeader
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteError, UsageError
-from nixserve.ssh.command import ServeCommand, parseCommand
+from nixserve.ssh.command import ServeCommand, parseForced
 
 __all__ = ["main"]
 
@@ -42,7 +42,7 @@ _SYNOPSIS = "usage: nixserve-store --serve [--write | --rights LIST] [--store UR
 
 _VALUES = {
     "--serve": 0, "--write": 0, "--rights": 1, "--store": 1, "--connect": 1,
-    # Added by some clients, meant for real Nix.
+    # Of real Nix. The one is added by some clients, and the other refused in one place with the forced commands.
     "--builders": 1, "--option": 2,
 }  # fmt: skip
 """How many values follow each option."""
@@ -92,13 +92,15 @@ def _parse(arguments: list[str]) -> tuple[ServeCommand, str | None]:
             raise UsageError(f"'{word}' needs {_VALUES[word]} more; {_SYNOPSIS}")
         serving = serving or word == "--serve"
         if word == "--connect":
+            if socketPath is not None:
+                raise UsageError("'--connect' is given twice")
             socketPath = values[0]
         else:
             rest += [word, *values]
     if not serving:
         raise UsageError(f"'--serve' is missing; {_SYNOPSIS}")
     try:
-        return parseCommand(shlex.join(["nixserve-store", *rest])), socketPath
+        return parseForced(shlex.join(["nixserve-store", *rest])), socketPath
     except PolicyError as e:
         raise UsageError(str(e)) from e
 

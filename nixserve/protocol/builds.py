@@ -31,7 +31,8 @@ from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError
 from nixserve.protocol.buildlog import BuildLog, Listener
 from nixserve.protocol.interfaces import IBuilds, IWorkers
-from nixserve.protocol.peerlog import KEY, LogBudget, PeerLog
+from nixserve.protocol.logbudget import KEY, LogBudget
+from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore

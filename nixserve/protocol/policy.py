@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from nixserve.errors import PolicyError, UsageError
-from nixserve.protocol.peerlog import LogBudget
+from nixserve.protocol.logbudget import LogBudget
 
 __all__ = ["EVERYTHING", "NOTHING", "READ_ONLY", "Peer", "Policy", "Right"]
 

@@ -20,7 +20,8 @@ from zope.interface import implementer
 from nixserve.codec.relay import MAX_FRAME, MAX_HEADER, Frame, RelayHeader, encodeFrame
 from nixserve.errors import NixServeError, PolicyError
 from nixserve.protocol.interfaces import IServeSessions, IServeTransport
-from nixserve.protocol.peerlog import LogBudget, LogBudgets, PeerLog
+from nixserve.protocol.logbudget import LogBudget, LogBudgets
+from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import EVERYTHING, Peer, Policy
 from nixserve.protocol.stdio import MAX_ERROR_BUFFER, pendingOf
 

@@ -23,7 +23,7 @@ from twisted.conch.ssh.keys import BadKeyError, Key
 
 from nixserve.codec.text import shownText
 from nixserve.errors import FormatError, PolicyError
-from nixserve.ssh.command import ServeCommand, parseCommand
+from nixserve.ssh.command import ServeCommand, parseForced
 
 __all__ = ["AuthorizedKey", "fingerprint", "parseAuthorizedKey"]
 
@@ -48,7 +48,7 @@ _HARMLESS_OPTIONS = frozenset(
     {"restrict", "no-agent-forwarding", "no-port-forwarding", "no-pty", "no-user-rc", "no-x11-forwarding"}
 )
 _ADDRESS_PATTERN = re.compile(r"[0-9A-Fa-f:.*?]+")
-_TIME = re.compile(r"(\d{4})(\d\d)(\d\d)(?:(\d\d)(\d\d)(\d\d)?)?(Z?)")
+_TIME = re.compile(r"(\d{4})(\d\d)(\d\d)(?:(\d\d)(\d\d)(\d\d)?)?(Z?)", re.ASCII)
 
 
 def fingerprint(key: Key | bytes) -> str:
@@ -243,7 +243,7 @@ def _applyOptions(options: list[tuple[str, str | None]], blob: bytes, comment: s
 
 def _parseForced(line: str) -> ServeCommand:
     try:
-        return parseCommand(line)
+        return parseForced(line)
     except PolicyError as error:
         raise FormatError(f"the forced command is not understood: {error}") from error
 

@@ -1,10 +1,14 @@
 """
-Reads what a client asks an SSH endpoint to run. Knows C{nix-store --serve}, nothing else; runs nothing.
+Reads what a client asks an SSH endpoint to run, and what an operator forces it to. Knows C{nix-store --serve},
+nothing else; runs nothing.
 
 What real clients send: C{nix-store --serve --write}, with C{--store URI} added by C{remote-store}, and any
 program name put in front by C{remote-program}, such as C{env NIX_REMOTE=x nix-store} (Nix 2.8 to 2.34, by
 experiment). Up to Nix 2.19 the store URI is quoted for a shell, from 2.20 on it is not, so C{&} and C{?} come bare:
-read here they are letters of the word, which is what the user meant.
+read here they are letters of the word, which is what the user meant. Hydra adds C{--builders ''}.
+
+What a client adds to its own command beyond that is dropped: it chooses nothing here. What an operator adds to a forced
+command may be meant as a restriction, so there each word is understood and obeyed, or the command is none.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ import shlex
 from collections import deque
 from dataclasses import dataclass
 
+from nixserve.codec.text import shownText
 from nixserve.errors import PolicyError, UsageError
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Policy
 
-__all__ = ["MAX_COMMAND", "ServeCommand", "isDaemonCommand", "parseCommand"]
+__all__ = ["MAX_COMMAND", "ServeCommand", "isDaemonCommand", "parseCommand", "parseForced"]
 
 # A store URI is at most a few hundred characters; splitting words costs about a microsecond a character.
 MAX_COMMAND = 4096
@@ -47,20 +52,32 @@ class ServeCommand:
 
 def parseCommand(line: str) -> ServeCommand:
     """
-    Read a command line with a shell's word rules: quotes and backslashes, but no expansion of any kind.
+    Read the command line of a client with a shell's word rules: quotes and backslashes, but no expansion of any kind.
 
-    Assignments before the program (C{X=y}, C{env X=y}) and C{exec} are dropped: a client chooses no
-    environment here. So are C{--builders X} and C{--option NAME VALUE}, which clients may add to the server's
-    command and which concern the settings of the machine that serves.
+    Assignments before the program (C{X=y}, C{env X=y}), C{exec} and redirections are dropped, and so are
+    C{--builders X} and C{--option NAME VALUE}, which are the settings of the machine that serves.
 
     @raise PolicyError: anything but C{[path/]nix-store|nixserve-store --serve [--write | --rights LIST]
-        [--store URI]}; its text says what is allowed.
+        [--store URI]}, each at most once; its text says what is allowed.
+    """
+    words = deque(word for word in _split(line) if not _REDIRECTION.fullmatch(word))
+    _dropPrefix(words)
+    return _Arguments(line).read(words)
+
+
+def parseForced(line: str) -> ServeCommand:
+    """
+    Read a forced command, or the arguments of a program, which somebody meant as they stand: as L{parseCommand}, but
+    nothing is dropped. Allowed besides are C{exec} before it, and C{--builders ''}, since no builds are passed on.
+
+    @raise PolicyError: it holds something that is not obeyed here.
     """
     words = _split(line)
-    _dropPrefix(words)
-    if not words or _baseName(words.popleft()) not in _PROGRAMS:
-        raise _refusal(line)
-    return _parseArguments(words, line)
+    if words and words[0] == "exec":
+        words.popleft()
+    if words and (_ASSIGNMENT.fullmatch(words[0]) or _baseName(words[0]) == "env"):
+        raise PolicyError(f"{_shown(words[0])} before the program is not obeyed here, and might be a restriction")
+    return _Arguments(line, isForced=True).read(words)
 
 
 def isDaemonCommand(line: str) -> bool:
@@ -85,7 +102,7 @@ def _split(line: str) -> deque[str]:
         words = shlex.split(line)
     except ValueError as error:
         raise PolicyError(f"cannot read the command {_shown(line)}: {str(error).lower()}; {_ALLOWED}") from error
-    return deque(word for word in words if not _REDIRECTION.fullmatch(word))
+    return deque(words)
 
 
 def _dropPrefix(words: deque[str]) -> None:
@@ -94,36 +111,54 @@ def _dropPrefix(words: deque[str]) -> None:
         words.popleft()
 
 
-def _parseArguments(words: deque[str], line: str) -> ServeCommand:
-    serve = write = False
-    rights: str | None = None
-    store: str | None = None
-    while words:
-        word = words.popleft()
-        if word == "--serve":
-            serve = True
-        elif word == "--write":
-            write = True
-        elif word == "--rights":
-            rights = _argument(words, word, line)
-        elif word == "--store":
-            store = _argument(words, word, line)
-        elif word == "--builders":
-            _argument(words, word, line)
-        elif word == "--option":
-            _argument(words, word, line)
-            _argument(words, word, line)
+class _Arguments:
+    """
+    The words of one command line from the program on.
+    """
+
+    def __init__(self, line: str, isForced: bool = False) -> None:
+        self._line = line
+        self._isForced = isForced
+        # What has been given, each with its value if it takes one.
+        self._given: dict[str, str] = {}
+
+    def read(self, words: deque[str]) -> ServeCommand:
+        """
+        @raise PolicyError: they are not what is allowed.
+        """
+        if not words or _baseName(words.popleft()) not in _PROGRAMS:
+            raise _refusal(self._line)
+        while words:
+            self._readOption(words.popleft(), words)
+        if "--serve" not in self._given:
+            raise _refusal(self._line)
+        return ServeCommand(_policy("--write" in self._given, self._given.get("--rights")), self._given.get("--store"))
+
+    def _readOption(self, option: str, words: deque[str]) -> None:
+        if option in ("--serve", "--write"):
+            self._give(option, "")
+        elif option in ("--rights", "--store"):
+            self._give(option, self._value(option, words))
+        elif option == "--builders":
+            if self._value(option, words) and self._isForced:
+                raise PolicyError("'--builders' is not obeyed here unless its value is empty: no builds are passed on")
+        elif option == "--option" and not self._isForced:
+            self._value(option, words)
+            self._value(option, words)
+        elif option == "--option":
+            raise PolicyError("'--option' is not obeyed here, and might be a restriction")
         else:
-            raise _refusal(line)
-    if not serve:
-        raise _refusal(line)
-    return ServeCommand(_policy(write, rights), store)
+            raise _refusal(self._line)
 
+    def _give(self, option: str, value: str) -> None:
+        if option in self._given:
+            raise PolicyError(f"'{option}' is given twice in {_shown(self._line)}")
+        self._given[option] = value
 
-def _argument(words: deque[str], option: str, line: str) -> str:
-    if not words:
-        raise PolicyError(f"the option '{option}' lacks a value in {_shown(line)}; {_ALLOWED}")
-    return words.popleft()
+    def _value(self, option: str, words: deque[str]) -> str:
+        if not words:
+            raise PolicyError(f"the option '{option}' lacks a value in {_shown(self._line)}; {_ALLOWED}")
+        return words.popleft()
 
 
 def _policy(write: bool, rights: str | None) -> Policy:
@@ -150,7 +185,6 @@ def _refusal(line: str) -> PolicyError:
     return PolicyError(f"{_ALLOWED}, not {_shown(line)}")
 
 
-def _shown(line: str) -> str:
-    """The command, short and without anything that a terminal would obey."""
-    short = line if len(line) <= _SHOWN else line[:_SHOWN] + "…"
-    return ascii(short) if not short.isprintable() else f"'{short}'"
+def _shown(text: str) -> str:
+    """Somebody's words, short and without anything that a terminal would obey."""
+    return f"'{shownText(text, _SHOWN)}'"

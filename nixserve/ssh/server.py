@@ -31,12 +31,13 @@ from zope.interface import Interface, implementer
 from nixserve.codec.text import shownText
 from nixserve.errors import PolicyError
 from nixserve.protocol.interfaces import IServeSessions
-from nixserve.protocol.peerlog import LogBudget, LogBudgets, PeerLog
+from nixserve.protocol.logbudget import LogBudget, LogBudgets
+from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import READ_ONLY, Peer, Policy
 from nixserve.ssh.admission import TURN_BYTES, Admission, sourceOf
 from nixserve.ssh.authorizedkeys import AuthorizedKey, fingerprint
 from nixserve.ssh.channel import PacedChannel
-from nixserve.ssh.command import ServeCommand, isDaemonCommand, parseCommand
+from nixserve.ssh.command import ServeCommand, parseCommand
 from nixserve.ssh.connection import PacedConnection
 from nixserve.ssh.keys import AuthorizedKeysChecker, KeyCredentials, KnownKeyRefused
 from nixserve.ssh.transport import PUBLIC_KEY_ALGORITHMS, ConchLog, PacedTransport, addressText
@@ -409,16 +410,14 @@ class ServeAvatar(ConchUser):
 
     def decide(self, line: str) -> ServeCommand:
         """
-        What runs when the client asks for C{line}: its key's forced command, or that line with its rights cut down
-        to those that keys have without one.
+        What runs when the client asks for C{line}, which must be a command to serve: its key's forced command, or that
+        line with its rights cut down to those that keys have without one.
 
         @raise PolicyError: nothing; the text says why.
         """
-        forced = self.entry.forced
-        if forced is not None and not isDaemonCommand(line):
-            command = forced
-        else:
-            asked = parseCommand(line)
+        asked = parseCommand(line)
+        command = self.entry.forced
+        if command is None:
             command = ServeCommand(asked.policy.cutDownTo(self.realm.defaultPolicy), asked.storeURI)
         if command.storeURI is not None and not self.realm.sessions.isServed(command.storeURI):
             raise PolicyError(f"the store '{shownText(command.storeURI, 200)}' is not served here; leave out '--store'")

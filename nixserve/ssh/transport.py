@@ -32,7 +32,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from nixserve.protocol.peerlog import CONNECTION, LogBudget, PeerLog
+from nixserve.protocol.logbudget import CONNECTION, LogBudget
+from nixserve.protocol.peerlog import PeerLog
 
 __all__ = [
     "MAX_BACKLOG",

@@ -10,7 +10,8 @@ from twisted.logger import Logger, capturedLogs, formatEvent
 from twisted.python.failure import Failure
 
 from nixserve.codec.text import MAX_SHOWN, shownText
-from nixserve.protocol.peerlog import CONNECTION, SOURCE, STRANGERS, LogBudget, LogBudgets, PeerLog
+from nixserve.protocol.logbudget import CONNECTION, SOURCE, STRANGERS, LogBudget, LogBudgets
+from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import Peer
 
 

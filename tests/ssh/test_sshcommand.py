@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nixserve.errors import PolicyError
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY
-from nixserve.ssh.command import MAX_COMMAND, ServeCommand, isDaemonCommand, parseCommand
+from nixserve.ssh.command import MAX_COMMAND, ServeCommand, isDaemonCommand, parseCommand, parseForced
 
 ACCEPTED = [
     ("nix-store --serve", READ_ONLY, None),
@@ -47,6 +47,10 @@ REFUSED = [
     "nix-store --serve --write --rights read",
     "nix-store --serve --rights write",
     "nix-store --serve --rights sing",
+    "nix-store --serve --serve",
+    "nix-store --serve --write --write",
+    "nix-store --serve --rights read --rights read,write,build,trust",
+    "nix-store --serve --store auto --store /other",
     "nix-store --serve 'unclosed",
     "nix-store --gc",
     "nix-store-evil --serve",
@@ -70,6 +74,54 @@ def test_refuses(line):
     with pytest.raises(PolicyError) as caught:
         parseCommand(line)
     assert str(caught.value).isprintable()
+
+
+FORCED = [
+    ("nix-store --serve", READ_ONLY, None),
+    ("/run/current-system/sw/bin/nix-store --serve --write", EVERYTHING, None),
+    ("exec nixserve-store --serve --rights read --store auto", READ_ONLY, "auto"),
+    ("nix-store --builders '' --serve --write", EVERYTHING, None),
+]
+
+NOT_FORCED = [
+    ("nix-store --serve --option restrict-eval true", "'--option' is not obeyed"),
+    ("nix-store --serve --write --option", "'--option' is not obeyed"),
+    ("nix-store --serve --builders 'ssh://a x86_64-linux'", "'--builders' is not obeyed"),
+    ("NIX_REMOTE=daemon nix-store --serve", "'NIX_REMOTE=daemon' before the program is not obeyed"),
+    ("env NIX_CONFIG=x nix-store --serve", "'env' before the program is not obeyed"),
+    ("env nix-store --serve", "'env' before the program is not obeyed"),
+    ("exec X=1 nix-store --serve", "'X=1' before the program is not obeyed"),
+    ("exec exec nix-store --serve", "runs only"),
+    ("nice -n20 nix-store --serve", "runs only"),
+    ("nix-store --serve 2>&4", "runs only"),
+    ("nix-store --serve # --write", "runs only"),
+    ("nix-store --serve -v", "runs only"),
+    ("nix-store --serve --rights read --rights read,write,build,trust", "'--rights' is given twice"),
+    ("nix-store --serve --write --write", "'--write' is given twice"),
+    ("nix-store --serve --store auto --store auto", "'--store' is given twice"),
+    ("nix-store --serve --write --rights read", "exclude each other"),
+]
+
+
+@pytest.mark.parametrize(("line", "policy", "store"), FORCED)
+def test_forcedCommands(line, policy, store):
+    """What an operator means is obeyed."""
+    assert parseForced(line) == ServeCommand(policy, store)
+
+
+@pytest.mark.parametrize(("line", "reason"), NOT_FORCED)
+def test_forcedCommandsThatAreNotObeyed(line, reason):
+    """What is not understood to the last word is no forced command, whatever a client may send; the reason is named."""
+    with pytest.raises(PolicyError, match=reason) as caught:
+        parseForced(line)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_forcedIsNoMoreThanAsked(line):
+    """What a client may not ask for nobody can be forced to."""
+    with pytest.raises(PolicyError):
+        parseForced(line)
 
 
 def test_saysWhatIsAllowed():

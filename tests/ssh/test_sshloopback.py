@@ -200,7 +200,7 @@ async def test_refusedCommands(makeServer):
         ("", READ_ONLY, "nix-store --serve --write", READ_ONLY),
         ('command="nix-store --serve --write"', READ_ONLY, "nix-store --serve", EVERYTHING),
         ('command="nix-store --serve",restrict', EVERYTHING, "nix-store --serve --write", READ_ONLY),
-        ('command="nix-store --serve"', EVERYTHING, "rm -rf /", READ_ONLY),
+        ('command="nix-store --serve"', EVERYTHING, "nix-store --serve --write --store /other", READ_ONLY),
     ],
 )
 @pytest_twisted.ensureDeferred
@@ -210,6 +210,17 @@ async def test_policy(makeServer, options, default, command, expected):
     recorder = await connect(server, b"status 0\n", command)
     await within(reactor, 10, recorder.ended)
     assert server.sessions.all[0].policy == expected
+
+
+@pytest_twisted.ensureDeferred
+async def test_otherCommandsOfForcedKeys(makeServer):
+    """A client of a key with a forced command that asks for something else than to be served is told so at once."""
+    server = makeServer(options='command="nix-store --serve"')
+    for command, text in (("rm -rf /", b"runs only"), ("nix-daemon --stdio", b"ssh:// instead of")):
+        recorder = await connect(server, command=command)
+        assert (await within(reactor, 10, recorder.ended)).exitCode == 1
+        assert text in recorder.errors
+    assert server.sessions.all == []
 
 
 @pytest_twisted.ensureDeferred
@@ -247,7 +258,23 @@ async def test_unknownKey(makeServer):
         await connect(server, keys=[])
 
 
-@pytest.mark.parametrize("options", ['from="10.0.0.0/8"', 'expiry-time="20200101"', "cert-authority", 'command="sh"'])
+@pytest.mark.parametrize(
+    "options",
+    [
+        'from="10.0.0.0/8"',
+        'from=""',
+        'expiry-time="20200101"',
+        'expiry-time="29990101",expiry-time="20200101"',
+        "cert-authority",
+        'command="sh"',
+        'command=""',
+        'command="nix-store --serve --option x y"',
+        'command="nix-store --serve",command="nix-store --serve --write"',
+        'environment="A=b"',
+        "restrict,pty",
+        "verify-required",
+    ],
+)
 @pytest_twisted.ensureDeferred
 async def test_linesThatLetNobodyIn(makeServer, options):
     """from=, expiry-time= and lines that are not understood are enforced at the login."""
