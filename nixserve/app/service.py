@@ -73,6 +73,11 @@ class Options(usage.Options):
         ["default-rights", None, None, "rights of keys without a forced command: read, or read,write,build,trust"],
         ["socket", None, None, "unix socket for 'nixserve-store --connect'"],
         ["max-jobs", None, None, "how many builds may run at once, 0 to refuse to build [the number of processors]"],
+        ["extra-jobs", None, None, "how many more, for keys that all others keep from building for a minute [1]"],
+        ["timeout", None, None, "seconds that a build may take, whatever the client allows, 0 for no limit [0]"],
+        ["max-silent-time", None, None, "seconds that a build may say nothing, likewise [0]"],
+        ["max-build-log-size", None, None, "bytes of output of a build, likewise [0]"],
+        ["max-output-size", None, None, "bytes of an output of a build, 0 for no limit [0]"],
         ["cores", None, None, "processors that each build is told to use, 0 for all [0]"],
         ["sandbox", None, None, "confine builds: auto (where the machine can), on, or off [auto]"],
         ["system-features", None, None, "what builds may require of this machine, separated by commas [Nix's]"],
@@ -241,7 +246,8 @@ class ServeService(Service):
             raise UsageError(f"builds cannot be confined, as --sandbox on demands: {problem}")
         if problem:
             self.log.warn("builds run without a sandbox, for trusted keys only: {problem}", problem=problem)
-        builds = Builds(store, LocalBuilder(store, settings.builds), workers, self._reactor, settings.maxJobs)
+        builder = LocalBuilder(store, settings.builds)
+        builds = Builds(store, builder, workers, self._reactor, settings.maxJobs, settings.extraJobs)
         builds.start()
         return builds
 

@@ -17,6 +17,7 @@ from nixserve.app.statedirs import defaultStateDir
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import FormatError, UsageError
+from nixserve.protocol.builds import EXTRA_JOBS
 from nixserve.remote.address import RemoteAddress
 from nixserve.store.durability import Durability
 from nixserve.store.layout import StoreDefaults, StoreLayout, chooseAutoRoot, parseStoreURI
@@ -113,6 +114,7 @@ class ServiceSettings:
     @ivar listen: Twisted endpoint strings of the SSH port.
     @ivar socket: path of the unix socket for relays.
     @ivar maxJobs: how many builds may run at once; 0 to refuse to build.
+    @ivar extraJobs: how many more, for keys that all others keep from building.
     @ivar builds: how to build.
     @ivar durability: what survives a crash of the machine.
     """
@@ -125,6 +127,7 @@ class ServiceSettings:
     defaultRights: str
     socket: str
     maxJobs: int
+    extraJobs: int
     builds: BuildSettings
     durability: Durability = field(default_factory=Durability)
 
@@ -148,6 +151,7 @@ class ServiceSettings:
             defaultRights=options.get("default-rights") or "read",
             socket=options.get("socket") or f"{state}/serve.sock",
             maxJobs=_count("max-jobs", options.get("max-jobs"), defaultMaxJobs()),
+            extraJobs=_count("extra-jobs", options.get("extra-jobs"), EXTRA_JOBS),
             builds=_buildSettings(options),
             durability=_durability(options, environ),
         )
@@ -183,13 +187,23 @@ def _buildSettings(options: Mapping[str, Any]) -> BuildSettings:
     mode = str(options.get("sandbox", "auto"))
     if mode not in _SANDBOX_MODES:
         raise UsageError(f"the value of 'sandbox' is '{mode}'; it must be auto, on or off")
-    settings = BuildSettings(cores=_count("cores", options.get("cores"), 0), sandbox=_SANDBOX_MODES[mode])
+    numbers: dict[str, Any] = {field: _count(name, options.get(name), 0) for name, field in _BUILD_NUMBERS.items()}
+    settings = BuildSettings(sandbox=_SANDBOX_MODES[mode], **numbers)
     features = options.get("system-features")
     if features is None:
         return settings
     words = features if isinstance(features, list) else str(features).replace(",", " ").split()
     return replace(settings, systemFeatures=frozenset(words))
 
+
+#: Of the keys with numbers the fields of L{BuildSettings}.
+_BUILD_NUMBERS = {
+    "cores": "cores",
+    "timeout": "timeout",
+    "max-silent-time": "maxSilentTime",
+    "max-build-log-size": "maxBuildLogSize",
+    "max-output-size": "maxOutputSize",
+}
 
 _SANDBOX_MODES = {"auto": SandboxMode.AUTO, "on": SandboxMode.ON, "off": SandboxMode.OFF}
 
@@ -208,12 +222,12 @@ def _count(name: str, value: Any, default: int) -> int:
 
 CONFIG_KEYS = (
     *("store", "state", "listen", "authorized-keys", "host-key", "default-rights", "socket"),
-    *("max-jobs", "cores", "sandbox", "system-features"),
+    *("max-jobs", "extra-jobs", "sandbox", "system-features", *_BUILD_NUMBERS),
     *("fsync-metadata", "fsync-store-paths", "sync-before-registering"),
 )
 
 _LIST_KEYS = frozenset({"listen", "system-features"})
-_NUMBER_KEYS = frozenset({"max-jobs", "cores"})
+_NUMBER_KEYS = frozenset({"max-jobs", "extra-jobs", *_BUILD_NUMBERS})
 _BOOLEAN_KEYS = frozenset({"fsync-metadata", "fsync-store-paths", "sync-before-registering"})
 
 

@@ -4,17 +4,22 @@ Builds, from the reactor's side: which of them run, who waits for them, and wher
 There are as many running builds as C{maxJobs} says, over all clients, each with a thread of its own. The rest wait:
 clients, told apart by their keys, take turns, so that one that asks for a thousand builds does not keep another
 waiting for its one. Who asks for a build that is under way already gets that one, with its log from the start.
+
+A build that runs is never stopped for another's sake, and nothing says when it ends. So that no key keeps all others
+from building for ever, one more than C{maxJobs} may run: for a client none of whose builds has run for long.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredQueue, gatherResults, succeed
+from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -37,15 +42,21 @@ from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
 
-__all__ = ["BuildClient", "Builds"]
+__all__ = ["EXTRA_JOBS", "EXTRA_SECONDS", "BuildClient", "Builds"]
 
 T = TypeVar("T")
+
+EXTRA_JOBS = 1
+"""Builds beyond C{maxJobs}. One does: those who wait take turns with it."""
+
+EXTRA_SECONDS = 60.0
+"""How long a client waits, all of whose builds wait, before one of them may be such a build."""
 
 
 _log = Logger()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BuildClient:
     """
     Somebody who waits for builds.
@@ -77,6 +88,7 @@ class _Build:
     @ivar session: keeps what it needs and makes from the garbage collector.
     @ivar step: what it waits for before it runs.
     @ivar turn: fires when it gets a slot. C{None} unless it stands in a queue.
+    @ivar queuedAt: since when, by the reactor's clock.
     @ivar hasSlot: it counts as running.
     @ivar prepared: what is to be run. It holds the locks of the outputs.
     @ivar joinable: whoever wishes the same may still join.
@@ -100,6 +112,7 @@ class _Build:
         self.session: LocalSession | None = None
         self.step: Deferred[Any] | None = None
         self.turn: Deferred[None] | None = None
+        self.queuedAt: float = reactor.seconds()
         self.hasSlot = False
         self.prepared: PreparedBuild | None = None
         self.joinable = True
@@ -141,19 +154,32 @@ class Builds:
     All builds on one store.
 
     @ivar maxJobs: how many may run at once.
+    @ivar extraJobs: how many more, for clients that have waited for L{EXTRA_SECONDS} with nothing running.
     """
 
-    def __init__(self, store: LocalStore, builder: LocalBuilder, workers: IWorkers, reactor: Any, maxJobs: int) -> None:
+    def __init__(
+        self,
+        store: LocalStore,
+        builder: LocalBuilder,
+        workers: IWorkers,
+        reactor: Any,
+        maxJobs: int,
+        extraJobs: int = EXTRA_JOBS,
+    ) -> None:
         self.log = PeerLog(_log, LogBudget("builds", KEY))
         self.maxJobs = maxJobs
+        self.extraJobs = extraJobs
         self._store = store
         self._builder = builder
         self._workers = workers
         self._reactor = reactor
-        self._threads = ThreadPool(0, max(1, maxJobs), "nixserve-build")
+        self._threads = ThreadPool(0, max(1, maxJobs + extraJobs), "nixserve-build")
         self._builds: list[_Build] = []
         self._queues: OrderedDict[str, deque[_Build]] = OrderedDict()
         self._running = 0
+        self._look: IDelayedCall | None = None
+        # When a build of a client had a slot last.
+        self._lastRan: dict[str, float] = {}
         self._stopping = False
 
     def start(self) -> None:
@@ -170,6 +196,9 @@ class Builds:
         ended = [whenFired(build.ended) for build in self._builds]
         for build in list(self._builds):
             build.cancel()
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
         return gatherResults(ended).addCallback(lambda _: self._threads.stop())
 
     @property
@@ -358,12 +387,20 @@ class Builds:
     def _takeSlot(self, build: _Build) -> None:
         self._running += 1
         build.hasSlot = True
+        self._noteRun(build)
+
+    def _noteRun(self, build: _Build) -> None:
+        """A build has a slot, or had it until now. What is long past makes no difference."""
+        now = self._reactor.seconds()
+        known = {**self._lastRan, build.client.name: now}
+        self._lastRan = {name: when for name, when in known.items() if when > now - EXTRA_SECONDS}
 
     def _freeSlot(self, build: _Build) -> None:
         """Let another one run, if this one counts."""
         if build.hasSlot:
             build.hasSlot = False
             self._running -= 1
+            self._noteRun(build)
             self._nextTurn()
 
     def _turn(self, build: _Build, tell: bool) -> Deferred[None]:
@@ -393,18 +430,53 @@ class Builds:
                 queue.remove(build)
             if not queue:
                 del self._queues[name]
+        self._lookAgain()
 
     def _nextTurn(self) -> None:
         """Start what may start: of each client's queue its first, then on to the next client."""
-        while self._running < self.maxJobs and self._queues:
-            name, queue = next(iter(self._queues.items()))
+        while (name := self._nextClient()) is not None:
             self._queues.move_to_end(name)
-            build = queue[0]
+            build = self._queues[name][0]
             turn = build.turn
             assert turn is not None, "what is in a queue waits"
             self._dequeue(build)
             self._takeSlot(build)
             turn.callback(None)
+        self._lookAgain()
+
+    def _nextClient(self) -> str | None:
+        """Whose turn it is, if anything may start."""
+        if self._running < self.maxJobs:
+            return next(iter(self._queues), None)
+        if self._running < self.maxJobs + self.extraJobs:
+            now = self._reactor.seconds()
+            return next((name for name, due in self._shutOut() if due <= now), None)
+        return None
+
+    def _shutOut(self) -> Iterator[tuple[str, float]]:
+        """The clients with nothing but builds that wait, and from when on one of these may be an extra one."""
+        running = {build.client.name for build in self._builds if build.hasSlot}
+        for name, queue in self._queues.items():
+            if name not in running:
+                yield name, max(queue[0].queuedAt, self._lastRan.get(name, -math.inf)) + EXTRA_SECONDS
+
+    def _lookAgain(self) -> None:
+        """Come back when somebody will have waited for long enough."""
+        first = min((due for _, due in self._shutOut()), default=None)
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        if (
+            first is not None
+            and self.extraJobs
+            and self._running < self.maxJobs + self.extraJobs
+            and not self._stopping
+        ):
+            self._look = self._reactor.callLater(max(0.0, first - self._reactor.seconds()), self._looked)
+
+    def _looked(self) -> None:
+        self._look = None
+        self._nextTurn()
 
     # --- the end --------------------------------------------------------------------------------------------
 

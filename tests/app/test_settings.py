@@ -72,6 +72,18 @@ class TestBuilding:
         assert (settings.maxJobs, settings.builds.cores, settings.builds.sandbox) == (7, 3, SandboxMode.ON)
         assert settings.builds.systemFeatures == {"kvm", "big-parallel"}
 
+    @pytest.mark.parametrize("wordy", [True, False])
+    def test_limits(self, tmp_path, wordy):
+        """What the operator allows builds, on the command line and in a file; without a word of it, nothing."""
+        limits = {"timeout": 1, "max-silent-time": 2, "max-build-log-size": 3, "max-output-size": 4, "extra-jobs": 0}
+        words = [word for key, value in limits.items() for word in (f"--{key}", str(value))]
+        config = "".join(f"{key} = {value}\n" for key, value in limits.items())
+        settings = parse(tmp_path, *words) if wordy else parse(tmp_path, config=config)
+        builds = settings.builds
+        assert (builds.timeout, builds.maxSilentTime, builds.maxBuildLogSize, builds.maxOutputSize) == (1, 2, 3, 4)
+        assert settings.extraJobs == 0
+        assert parse(tmp_path, config="").extraJobs == 1
+
     @pytest.mark.parametrize(
         ("config", "features"),
         [

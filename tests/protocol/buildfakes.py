@@ -202,15 +202,15 @@ class Reactor(Clock):
 
     def __init__(self):
         super().__init__()
-        self.calls = deque()
+        self.turns = deque()
 
     def callFromThread(self, function, *args):
         """As L{twisted.internet.interfaces.IReactorFromThreads}."""
-        self.calls.append((function, args))
+        self.turns.append((function, args))
 
     def turn(self):
         """Call the oldest."""
-        function, args = self.calls.popleft()
+        function, args = self.turns.popleft()
         function(*args)
 
 
@@ -257,13 +257,13 @@ class World:
     L{Builds} with everything around it. Nothing happens unless a method here makes it.
     """
 
-    def __init__(self, maxJobs=1, workers=None):
+    def __init__(self, maxJobs=1, workers=None, extraJobs=0):
         self.reactor = Reactor()
         self.workers = workers or ManualWorkers()
         self.store = Store()
         self.builder = Builder()
-        self.builds = Builds(self.store, self.builder, self.workers, self.reactor, maxJobs)
-        self.threads = self.builds._threads = Threads(maxJobs)
+        self.builds = Builds(self.store, self.builder, self.workers, self.reactor, maxJobs, extraJobs)
+        self.threads = self.builds._threads = Threads(maxJobs + extraJobs)
         self.builds.start()
         self._deliveries = deque()
 
@@ -287,7 +287,7 @@ class World:
             self._deliveries.popleft()()
         elif getattr(self.workers, "waiting", None):
             self._deliveries.append(self.workers.run())
-        elif self.reactor.calls:
+        elif self.reactor.turns:
             self.reactor.turn()
         elif builds and self.threads.waiting:
             self.threads.finish()
@@ -296,7 +296,7 @@ class World:
         else:
             return False
         running, _ = self.builds.counts
-        assert len(self.threads.waiting) <= running <= self.builds.maxJobs
+        assert len(self.threads.waiting) <= running <= self.builds.maxJobs + self.builds.extraJobs
         return True
 
     def settle(self, builds=False):
@@ -319,7 +319,7 @@ class World:
         assert self.builds.counts == (0, 0)
         assert not self.builds._builds and not self.builds._queues
         assert not self.builder.locks and not self.threads.waiting
-        assert not self.workers.reactor.getDelayedCalls()
+        assert not self.workers.reactor.getDelayedCalls() and not self.reactor.getDelayedCalls()
         # What clients opened is theirs.
         own = {client for client in self.store.sessions if client.closed}
         assert all(session.closed == 1 for session in own)

@@ -12,6 +12,7 @@ from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.serve import BuildOptions
 from nixserve.errors import StoreError
 from nixserve.protocol.buildlog import MAX_KEPT_LOG, MAX_PENDING_LOG, BuildLog
+from nixserve.protocol.builds import EXTRA_SECONDS
 from nixserve.store.api import Busy
 from tests.protocol.buildfakes import Reactor, World, built, outputOf, pathOf
 
@@ -63,6 +64,63 @@ def test_turns():
         world.threads.finish()
     assert order == ["m1", "m2", "f1", "t1", "m3", "t2", "m4"]
     world.clean()
+
+
+def test_endlessBuildsOfOneKey():
+    """
+    Builds that never end keep no other key from building for more than a minute: one more runs then, and when that ends
+    the next of those who are kept out, each in turn. The key that has them gets none.
+    """
+    world = World(2, extraJobs=1)
+    world.client("hog").build("h1", "h2", "h3")
+    world.settle()
+    world.client("a").build("a1", "a2")
+    world.settle()
+    world.reactor.advance(EXTRA_SECONDS - 1)
+    world.client("b").build("b1")
+    assert world.settle().running == ["h1", "h2"]
+    world.reactor.advance(1)
+    assert world.settle().running == ["h1", "h2", "a1"]
+    world.reactor.advance(EXTRA_SECONDS * 3)
+    assert world.settle().running == ["h1", "h2", "a1"]
+    assert world.finish("a1").running == ["h1", "h2", "b1"]
+    assert world.finish("b1").running == ["h1", "h2"]
+    world.reactor.advance(EXTRA_SECONDS)
+    assert world.settle().running == ["h1", "h2", "a2"]
+    # The extra one counts: what ends makes room only when no more than two are left.
+    assert world.finish("h1").running == ["h2", "a2"]
+    assert world.finish("a2").running == ["h2", "h3"]
+    world.finish("h2", "h3").clean()
+
+
+def test_noExtraForThoseInTurn():
+    """Who waits for a turn like everybody else gets no more than that, however long the queues are."""
+    world = World(1, extraJobs=1)
+    for name in ("a", "b"):
+        world.client(name).build(*(f"{name}{number}" for number in range(20)))
+    for _ in range(40):
+        world.settle()
+        world.reactor.advance(EXTRA_SECONDS / 3)
+        assert len(world.settle().running) == 1
+        world.threads.finish()
+    world.settle().clean()
+
+
+def test_noExtraForThoseWhoLeft():
+    """A client that has gone while it was kept out leaves nothing to look at; nor does the end of all builds."""
+    world = World(1, extraJobs=1)
+    world.client("hog").build("h1")
+    world.settle()
+    client = world.client("a").build("a1")
+    world.settle()
+    assert world.reactor.getDelayedCalls()
+    client.leave("a1")
+    world.settle()
+    assert not world.reactor.getDelayedCalls()
+    world.client("b").build("b1")
+    world.settle()
+    world.builds.stop()
+    world.settle(builds=True).clean()
 
 
 def test_sameNameIsOneQueue():
@@ -188,7 +246,7 @@ def test_lastLinesBeforeTheResult():
     seen = []
     client.waiting["x"].addBoth(lambda _: seen.append(client.log))
     build.log.feed(b"bye\n")
-    world.reactor.calls.clear()
+    world.reactor.turns.clear()
     world.finish("x")
     assert seen == [b"bye\n"]
 
@@ -254,7 +312,7 @@ def test_fastLog():
     for _ in range(MAX_PENDING_LOG // 1024 + 7):
         log.feed(line)
     log.feed(b"small\n")
-    assert len(reactor.calls) == 1 and log._pendingSize <= MAX_PENDING_LOG
+    assert len(reactor.turns) == 1 and log._pendingSize <= MAX_PENDING_LOG
     reactor.turn()
     assert b"".join(seen) == line * (MAX_PENDING_LOG // 1024) + (
         b"[8 lines of this log were dropped here; the log on the build machine has them]\n"
@@ -283,8 +341,8 @@ def test_logFromThreads():
     log.listen(seen.append)
     feeder = threading.Thread(target=lambda: [log.feed(b"%d\n" % number) for number in range(20_000)])
     feeder.start()
-    while feeder.is_alive() or reactor.calls:
-        if reactor.calls:
+    while feeder.is_alive() or reactor.turns:
+        if reactor.turns:
             reactor.turn()
     lines = b"".join(seen).splitlines()
     dropped = sum(int(line.split()[0][1:]) for line in lines if line.startswith(b"["))
