@@ -158,7 +158,7 @@ class Relay:
         self.process.stdin.flush()
 
     def beginToAdd(self):
-        """The head of AddToStoreNar and a part of its NAR; returns when the server has locked the path."""
+        """The head of AddToStoreNar and a part of its NAR; returns when the server has begun to write it."""
         baseName = "00000000000000000000000000000000-half"
         self.send(
             *(number(9), string(f"/nix/store/{baseName}"), string(""), string("0" * 64), number(0), number(0)),
@@ -166,8 +166,8 @@ class Relay:
             *map(string, ("nix-archive-1", "(", "type", "regular", "contents")),
             *(number(1 << 19), b"x" * 1000),
         )
-        lock = self.service.state / "store/nix/store" / f"{baseName}.lock"
-        waitUntil(lock.exists)
+        store = self.service.state / "store/nix/store"
+        waitUntil(lambda: list(store.glob("*-nixserve-import-*.lock")))
 
 
 def number(value):

@@ -62,6 +62,12 @@ def temporaryRoots(root):
     return sorted(os.listdir(f"{root}/nix/var/nix/temproots"))
 
 
+def isSent(root, path):
+    """Is somebody sending this path, to real Nix, which locks it, or to our program, which locks another place?"""
+    places = physical(root, "/nix/store").glob("*-nixserve-import-*.lock")
+    return any(map(isLocked, [f"{physical(root, path)}.lock", *places]))
+
+
 def isLocked(path):
     """Is a file locked by somebody? One that is not there is not."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb+") as stream:

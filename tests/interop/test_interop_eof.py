@@ -27,7 +27,7 @@ from tests.interop.conversations import (
     queryPathInfos,
     queryValidPaths,
 )
-from tests.interop.stores import assertVerified, isLocked, physical, temporaryRoots
+from tests.interop.stores import assertVerified, isSent, temporaryRoots
 
 
 class InlineWorkers:
@@ -132,9 +132,7 @@ def test_everyByte(nix, directory, pieces, quiet):
             assert session.queryValidPaths(script.added) == expected, size
             session.close()
             assert temporaryRoots(root) == []
-            for path in script.added:
-                lock = f"{physical(root, path)}.lock"
-                assert not isLocked(lock)
+            assert not any(isSent(root, path) for path in script.added)
     finally:
         store.close()
     assertVerified(nix, root)

@@ -14,7 +14,7 @@ import pytest
 from nixserve.testing import makeInfo, makeNar
 from tests.interop.conversations import Session, addHeader, addToStoreNar, dumpStorePath, string, u64, zeros
 from tests.interop.endpoint import Endpoint
-from tests.interop.stores import addSparse, assertVerified, isLocked, named, opened, physical, temporaryRoots
+from tests.interop.stores import addSparse, assertVerified, isLocked, isSent, named, opened, physical, temporaryRoots
 from tests.interop.watching import MIB, Peak, residentSize, until
 
 SIZE = 3 * 1024 * MIB
@@ -63,7 +63,7 @@ def assertFree(server, path, seconds=FREE):
     """Soon nobody holds anything."""
     begun = time.monotonic()
     until(lambda: temporaryRoots(server.root) == [], seconds, "temporary roots are not gone")
-    until(lambda: not isLocked(f"{physical(server.root, path)}.lock"), seconds, "the lock is still held")
+    until(lambda: not isSent(server.root, path), seconds, "the lock is still held")
     print(f"free after {time.monotonic() - begun:.2f} s")
 
 
@@ -126,7 +126,7 @@ def test_readerGoesOn(nix, service):
 
 
 def test_writerStalls(nix, service):
-    """A writer that says nothing more keeps its lock and no thread."""
+    """A writer that says nothing more keeps no thread, and the lock of no path but the one where his object lies."""
     path = named("stalled")
     lock = f"{physical(service.root, path)}.lock"
     with contextlib.ExitStack() as stack, Peak(service.process.pid) as peak:
@@ -138,7 +138,7 @@ def test_writerStalls(nix, service):
         beginUpload(session, path, 64 * MIB)
         time.sleep(2)
         assertWorks(service)
-        assert isLocked(lock)
+        assert isSent(service.root, path) and not isLocked(lock)
         until(lambda: len(temporaryRoots(service.root)) == len(stalled))
         for _, process in stalled:
             process.kill()
@@ -154,7 +154,7 @@ def test_uploaderDies(nix, service, sent):
     path = named(f"upload-{sent}")
     with connected(nix, service) as (session, process), Peak(service.process.pid) as peak:
         beginUpload(session, path, sent)
-        until(lambda: isLocked(f"{physical(service.root, path)}.lock"))
+        until(lambda: isSent(service.root, path))
         process.send_signal(signal.SIGKILL)
         assertFree(service, path)
         assertWorks(service)

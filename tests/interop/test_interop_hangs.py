@@ -28,7 +28,7 @@ from tests.interop.building import (
 )
 from tests.interop.conversations import addHeader
 from tests.interop.endpoint import Endpoint, Keys
-from tests.interop.stores import assertVerified, isLocked, opened, physical
+from tests.interop.stores import assertVerified, isLocked, isSent, opened, physical
 from tests.interop.watching import until
 
 #: Seconds after which nothing of a client that is gone may be left.
@@ -171,7 +171,7 @@ def test_uploadAbandoned(way):
     info = makeInfo(f"upload-{uuid.uuid4().hex[:8]}", nar)
     with way.talk() as talk:
         talk.write(addHeader(info.path, info.narHash.hex, len(nar)) + nar[: len(nar) // 2])
-        until(lambda: isLocked(f"{physical(way.root, info.path)}.lock"), 10, "the upload does not begin")
+        until(lambda: isSent(way.root, info.path), 10, "the upload does not begin")
         talk.process.kill()
         begun = time.monotonic()
         with way.talk(timeout=20) as other:
