@@ -34,6 +34,10 @@ MAX_LINE: Final = 64 * 1024
 """Bytes after which a line is shown although its end has not come."""
 
 
+MAX_HELD: Final = 1000
+"""Lines that wait: what says more than this in so short a time is no last word, and is shown at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class BothSides:
     """
@@ -111,6 +115,7 @@ class RemoteLines:
         self._show = show
         self._rest = b""
         self._held: list[tuple[str, str]] = []
+        self._waiting = False
         self._ended = False
 
     def feed(self, data: bytes) -> None:
@@ -120,9 +125,12 @@ class RemoteLines:
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE:
             lines, self._rest = [*lines, self._rest], b""
-        if lines and not self._held:
-            self._reactor.callLater(HOLD_SECONDS, self._release)
+        if lines and not self._waiting:
+            self._waiting = True
+            self._reactor.callLater(HOLD_SECONDS, self._waited)
         self._held += [(self.prefix, line.decode("utf-8", "replace")) for line in lines]
+        if len(self._held) > MAX_HELD:
+            self._release()
 
     def end(self, error: str = "") -> None:
         """
@@ -147,6 +155,10 @@ class RemoteLines:
             self._held.clear()
         if error is not None:
             self.end(str(error))
+
+    def _waited(self) -> None:
+        self._waiting = False
+        self._release()
 
     def _release(self) -> None:
         held, self._held = self._held, []

@@ -45,6 +45,7 @@ from nixserve.codec.serve import (
     SERVE_VERSION,
     AddToStoreNar,
     Command,
+    ExportPaths,
     ImportItem,
     Request,
     readCommand,
@@ -62,7 +63,7 @@ from nixserve.codec.states import (
     Step,
 )
 from nixserve.codec.storepath import StoreDir
-from nixserve.codec.wire import MAX_REQUEST_SIZE, Parse, Reader, encodeU64
+from nixserve.codec.wire import MAX_REPLY_SIZE, MAX_REQUEST_SIZE, Parse, Reader, encodeU64
 from nixserve.errors import FormatError, LocalProtocolError, RemoteProtocolError
 
 __all__ = [
@@ -444,15 +445,14 @@ class ClientConnection(_Receiver):
                 go(Step.STREAM_END)
                 self._unanswered.popleft()
                 yield EndOfNar()
-            elif request.command is Command.EXPORT_PATHS:
+            elif isinstance(request, ExportPaths):
                 go(Step.IMPORT_REQUEST)
-                yield from self._export()
+                yield from self._export(request)
                 go(Step.STREAM_END)
                 self._unanswered.popleft()
                 yield EndOfExport(request)
             else:
-                reader.limit(None)
-                value = yield from serve.readReply(reader, request.command, self.version, self.storeDir)
+                value = yield from serve.readReply(reader, request, self.version, self.storeDir)
                 go(Step.REPLY)
                 self._unanswered.popleft()
                 yield Reply(request, value)
@@ -471,10 +471,11 @@ class ClientConnection(_Receiver):
         if start != encodeU64(serve.SERVER_MAGIC):
             raise FormatError(f"protocol mismatch, got {start + reader.take(_SHOWN)!r}")
 
-    def _export(self) -> Generator[Any, None, None]:
+    def _export(self, request: ExportPaths) -> Generator[Any, None, None]:
         reader, go = self._reader, self._receiving.go
+        missing = set(request.paths)
         while True:
-            reader.limit(MAX_REQUEST_SIZE)
+            reader.limit(MAX_REPLY_SIZE, "an object of an export stream")
             if not (yield from serve.readExportMarker(reader)):
                 return
             go(Step.ITEM_START)
@@ -482,6 +483,9 @@ class ClientConnection(_Receiver):
             go(Step.NAR_END)
             yield EndOfNar()
             item = yield from serve.readImportItem(reader, self.storeDir)
+            if item.path not in missing:
+                raise FormatError(f"the remote exports '{item.path}', which it was not asked for, or twice")
+            missing.remove(item.path)
             go(Step.ITEM)
             yield ImportedItem(item)
 

@@ -39,12 +39,13 @@ from nixserve.codec.messages import (
 from nixserve.codec.pathinfo import Signature, ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.codec.text import encodeText
-from nixserve.codec.wire import Parse, Reader, Writer, asText
+from nixserve.codec.wire import MAX_REPLY_SIZE, Parse, Reader, Writer, asText
 from nixserve.errors import FormatError
 
 __all__ = [
     "CLIENT_MAGIC",
     "EXPORT_MAGIC",
+    "MAX_INFOS_ASKED",
     "SERVER_MAGIC",
     "SERVE_VERSION",
     "AddToStoreNar",
@@ -80,6 +81,27 @@ SERVE_VERSION = 0x208
 
 MAX_PATH_SIZE = 4096
 """A store path: the kernel's limit for any path."""
+
+MAX_SIGNATURES = 64
+"""Signatures of one object: one for each cache that it went through, a handful in practice."""
+
+MAX_SIGNATURE_SIZE = 1024
+"""One of them: 88 digits behind the name of the key, which is a host's."""
+
+MAX_INFOS_ASKED = 1024
+"""Path infos that our client asks for at once, so that it can tell how large the reply may be."""
+
+MAX_INFO_SIZE = 8 * 1024
+"""One path info of a reply, on average: a hundred references. A few may have many more."""
+
+_INFOS_ALLOWANCE = 8 * 1024 * 1024
+"""What all path infos of a reply may have more than that: single objects with tens of thousands of references."""
+
+MAX_ERROR_SIZE = 64 * 1024
+"""What is kept of the text of a failure, which quotes the last lines of the log, however long these are."""
+
+MAX_REALISATION_SIZE = 1024 * 1024
+"""One built output in JSON, which names those that it depends on."""
 
 # What each minor version brought.
 _BUILD_LOG_LIMIT = 2
@@ -266,10 +288,15 @@ def _writeAddToStoreNar(writer: Writer, request: AddToStoreNar, version: int) ->
 
 def _readSignatures(reader: Reader) -> Parse[frozenset[str]]:
     """Signatures. Nix up to 2.26 stores what it gets; a malformed one then breaks every query of Nix 2.34."""
-    sigs = yield from reader.strings()
+    sigs = yield from _readAnySignatures(reader)
     for sig in sigs:
         Signature.parse(sig)
-    return frozenset(sigs)
+    return sigs
+
+
+def _readAnySignatures(reader: Reader) -> Parse[frozenset[str]]:
+    """The same, malformed ones included."""
+    return frozenset((yield from reader.strings(MAX_SIGNATURE_SIZE, MAX_SIGNATURES)))
 
 
 def _readOptionalCA(reader: Reader) -> Parse[ContentAddress | None]:
@@ -350,9 +377,10 @@ def _readDerivationOutput(reader: Reader, storeDir: StoreDir) -> Parse[Derivatio
 # --- replies ----------------------------------------------------------------------------------------------
 
 
-def readReply(reader: Reader, command: Command, version: int, storeDir: StoreDir) -> Parse[Any]:
+def readReply(reader: Reader, request: Request, version: int, storeDir: StoreDir) -> Parse[Any]:
     """
-    The reply to a command, except those that are NARs or export streams. Its type by command:
+    The reply to a request, except those that are NARs or export streams. What a peer can make us keep is limited by
+    what it was asked for, and there is nothing in a reply that it was not asked about. Its type by command:
 
       - QUERY_VALID_PATHS, QUERY_CLOSURE: C{frozenset} of L{StorePath}
       - QUERY_PATH_INFOS: C{dict} of L{StorePath} to L{ValidPathInfo}
@@ -360,7 +388,14 @@ def readReply(reader: Reader, command: Command, version: int, storeDir: StoreDir
       - BUILD_PATHS: L{BuildPathsResult}
       - BUILD_DERIVATION: L{BuildResult}
     """
-    return (yield from _REPLIES[command].read(reader, version, storeDir))
+    reader.limit(_replyLimit(request), "a reply")
+    return (yield from _REPLIES[request.command].read(reader, request, version, storeDir))
+
+
+def _replyLimit(request: Request) -> int:
+    if isinstance(request, QueryPathInfos):
+        return _INFOS_ALLOWANCE + len(request.paths) * MAX_INFO_SIZE
+    return MAX_REPLY_SIZE
 
 
 def writeReply(command: Command, value: Any, version: int) -> bytes:
@@ -370,7 +405,19 @@ def writeReply(command: Command, value: Any, version: int) -> bytes:
     return bytes(writer)
 
 
-def _readPathSetReply(reader: Reader, version: int, storeDir: StoreDir) -> Parse[frozenset[StorePath]]:
+def _readValidPaths(
+    reader: Reader, request: QueryValidPaths, version: int, storeDir: StoreDir
+) -> Parse[frozenset[StorePath]]:
+    texts = yield from reader.strings(MAX_PATH_SIZE, len(request.paths))
+    paths = frozenset(storeDir.parseMany(texts))
+    for path in sorted(paths - request.paths):
+        raise FormatError(f"the remote says that '{path}' is valid, which it was not asked about")
+    return paths
+
+
+def _readClosure(
+    reader: Reader, request: QueryClosure, version: int, storeDir: StoreDir
+) -> Parse[frozenset[StorePath]]:
     return (yield from readPathSet(reader, storeDir))
 
 
@@ -378,17 +425,27 @@ def _writePathSetReply(writer: Writer, paths: Collection[StorePath], version: in
     writer.textSet(paths)
 
 
-def _readPathInfos(reader: Reader, version: int, storeDir: StoreDir) -> Parse[dict[StorePath, ValidPathInfo]]:
+def _readPathInfos(
+    reader: Reader, request: QueryPathInfos, version: int, storeDir: StoreDir
+) -> Parse[dict[StorePath, ValidPathInfo]]:
     infos: dict[StorePath, ValidPathInfo] = {}
+    # Most references are to paths that have been named before.
+    known: dict[str, StorePath] = {path: path for path in request.paths}
     while text := (yield from reader.text(MAX_PATH_SIZE)):
         path = storeDir.parse(text)
-        infos[path] = yield from _readPathInfo(reader, version, storeDir, path)
+        if path not in request.paths or path in infos:
+            why = "twice" if path in infos else "although it was not asked about it"
+            raise FormatError(f"the remote describes '{path}' {why}")
+        infos[path] = yield from _readPathInfo(reader, version, storeDir, path, known)
     return infos
 
 
-def _readPathInfo(reader: Reader, version: int, storeDir: StoreDir, path: StorePath) -> Parse[ValidPathInfo]:
+def _readPathInfo(
+    reader: Reader, version: int, storeDir: StoreDir, path: StorePath, known: dict[str, StorePath]
+) -> Parse[ValidPathInfo]:
     deriver = yield from readOptionalPath(reader, storeDir)
-    references = yield from readPathSet(reader, storeDir)
+    texts = yield from reader.strings(MAX_PATH_SIZE)
+    references = frozenset(known.get(text) or known.setdefault(text, storeDir.parse(text)) for text in texts)
     yield from reader.u64()  # the size of the download, which nobody fills in
     narSize = yield from reader.u64()
     if minorOf(version) < _PATH_INFO_HASHES:
@@ -396,7 +453,7 @@ def _readPathInfo(reader: Reader, version: int, storeDir: StoreDir, path: StoreP
         return ValidPathInfo(path=path, narHash=UNKNOWN_HASH, narSize=narSize, references=references, deriver=deriver)
     narHash = Hash.parse((yield from reader.text(MAX_PATH_SIZE)))
     ca = yield from _readOptionalCA(reader)
-    sigs = frozenset((yield from reader.strings()))
+    sigs = yield from _readAnySignatures(reader)
     return ValidPathInfo(
         path=path, narHash=narHash, narSize=narSize, references=references, deriver=deriver, sigs=sigs, ca=ca
     )
@@ -415,7 +472,7 @@ def _writePathInfos(writer: Writer, infos: Mapping[StorePath, ValidPathInfo], ve
     writer.text("")
 
 
-def _readDone(reader: Reader, version: int, storeDir: StoreDir) -> Parse[None]:
+def _readDone(reader: Reader, request: Request, version: int, storeDir: StoreDir) -> Parse[None]:
     value = yield from reader.u64()
     if value != 1:
         raise FormatError("the remote did not add the path", expected="1", found=f"{value}{asText(value)}")
@@ -425,9 +482,15 @@ def _writeDone(writer: Writer, value: None, version: int) -> None:
     writer.u64(1)
 
 
-def _readBuildPathsResult(reader: Reader, version: int, storeDir: StoreDir) -> Parse[BuildPathsResult]:
+def _readError(reader: Reader) -> Parse[str]:
+    return (yield from reader.text())[:MAX_ERROR_SIZE]
+
+
+def _readBuildPathsResult(
+    reader: Reader, request: BuildPaths, version: int, storeDir: StoreDir
+) -> Parse[BuildPathsResult]:
     status = yield from reader.u64()
-    return BuildPathsResult(status, (yield from reader.text()) if status else "")
+    return BuildPathsResult(status, (yield from _readError(reader)) if status else "")
 
 
 def _writeBuildPathsResult(writer: Writer, result: BuildPathsResult, version: int) -> None:
@@ -436,23 +499,28 @@ def _writeBuildPathsResult(writer: Writer, result: BuildPathsResult, version: in
         writer.text(result.errorMsg)
 
 
-def _readBuildResult(reader: Reader, version: int, storeDir: StoreDir) -> Parse[BuildResult]:
+def _readBuildResult(reader: Reader, request: BuildDerivation, version: int, storeDir: StoreDir) -> Parse[BuildResult]:
     minor = minorOf(version)
     number = yield from reader.u64()
     status = BuildStatus(number) if number <= max(BuildStatus) else number
-    errorMsg = yield from reader.text()
+    errorMsg = yield from _readError(reader)
     timesBuilt = startTime = stopTime = 0
     isNonDeterministic = False
     builtOutputs: dict[str, Realisation] = {}
+    most = len(request.drv.outputs)
+
+    def name() -> Parse[str]:
+        return reader.text(MAX_PATH_SIZE)
+
     if minor >= _BUILD_TIMES:
         timesBuilt = yield from reader.u64()
         isNonDeterministic = yield from reader.boolean()
         startTime = yield from reader.u64()
         stopTime = yield from reader.u64()
     if minor >= _BINARY_BUILT_OUTPUTS:
-        builtOutputs = yield from reader.pairs(reader.text, lambda: _readRealisation(reader, storeDir))
+        builtOutputs = yield from reader.pairs(name, lambda: _readRealisation(reader, storeDir), most)
     elif minor >= _BUILT_OUTPUTS:
-        realisations = yield from reader.pairs(reader.text, reader.text)
+        realisations = yield from reader.pairs(name, lambda: reader.text(MAX_REALISATION_SIZE), most)
         parsed = [_parseRealisation(key, text, storeDir) for key, text in realisations.items()]
         builtOutputs = dict(parsed)
         if len(builtOutputs) != len(parsed):
@@ -478,7 +546,7 @@ def _writeBuildResult(writer: Writer, result: BuildResult, version: int) -> None
 
 def _readRealisation(reader: Reader, storeDir: StoreDir) -> Parse[Realisation]:
     outPath = yield from readPath(reader, storeDir)
-    return Realisation(outPath, UNKNOWN_DRV_HASH, frozenset((yield from reader.strings())))
+    return Realisation(outPath, UNKNOWN_DRV_HASH, (yield from _readAnySignatures(reader)))
 
 
 def _unparseRealisations(outputs: Mapping[str, Realisation]) -> Iterable[tuple[str, str]]:
@@ -527,7 +595,7 @@ def readImportItem(reader: Reader, storeDir: StoreDir) -> Parse[ImportItem]:
     references = yield from readPathSet(reader, storeDir)
     deriver = yield from readOptionalPath(reader, storeDir)
     if (yield from reader.u32()) == 1:
-        yield from reader.string()  # a signature of the 1.x kind, ignored
+        yield from reader.string(MAX_SIGNATURE_SIZE)  # of the 1.x kind, ignored
     return ImportItem(path, references, deriver)
 
 
@@ -547,9 +615,17 @@ def writeImportItem(item: ImportItem) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How one kind of message is read and written."""
+    """How one kind of request is read and written."""
 
     read: Callable[[Reader, int, StoreDir], Parse[Any]]
+    write: Callable[[Writer, Any, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _ReplyForm:
+    """How one kind of reply is read and written. Reading needs the request."""
+
+    read: Callable[[Reader, Any, int, StoreDir], Parse[Any]]
     write: Callable[[Writer, Any, int], None]
 
 
@@ -565,12 +641,12 @@ _REQUESTS: dict[Command, _Form] = {
     Command.ADD_TO_STORE_NAR: _Form(_readAddToStoreNar, _writeAddToStoreNar),
 }
 
-_REPLIES: dict[Command, _Form] = {
-    Command.QUERY_VALID_PATHS: _Form(_readPathSetReply, _writePathSetReply),
-    Command.QUERY_PATH_INFOS: _Form(_readPathInfos, _writePathInfos),
-    Command.IMPORT_PATHS: _Form(_readDone, _writeDone),
-    Command.BUILD_PATHS: _Form(_readBuildPathsResult, _writeBuildPathsResult),
-    Command.QUERY_CLOSURE: _Form(_readPathSetReply, _writePathSetReply),
-    Command.BUILD_DERIVATION: _Form(_readBuildResult, _writeBuildResult),
-    Command.ADD_TO_STORE_NAR: _Form(_readDone, _writeDone),
+_REPLIES: dict[Command, _ReplyForm] = {
+    Command.QUERY_VALID_PATHS: _ReplyForm(_readValidPaths, _writePathSetReply),
+    Command.QUERY_PATH_INFOS: _ReplyForm(_readPathInfos, _writePathInfos),
+    Command.IMPORT_PATHS: _ReplyForm(_readDone, _writeDone),
+    Command.BUILD_PATHS: _ReplyForm(_readBuildPathsResult, _writeBuildPathsResult),
+    Command.QUERY_CLOSURE: _ReplyForm(_readClosure, _writePathSetReply),
+    Command.BUILD_DERIVATION: _ReplyForm(_readBuildResult, _writeBuildResult),
+    Command.ADD_TO_STORE_NAR: _ReplyForm(_readDone, _writeDone),
 }

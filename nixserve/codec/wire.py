@@ -21,6 +21,7 @@ from nixserve.codec.text import decodeText, encodeText
 from nixserve.errors import FormatError
 
 __all__ = [
+    "MAX_REPLY_SIZE",
     "MAX_REQUEST_SIZE",
     "MAX_SET_SIZE",
     "MAX_STRING_SIZE",
@@ -43,6 +44,9 @@ some MiB in the worst of Nixpkgs."""
 
 MAX_REQUEST_SIZE = 128 * 1024 * 1024
 """One request without its NAR: a million paths of average length fit."""
+
+MAX_REPLY_SIZE = 32 * 1024 * 1024
+"""One reply without its NARs: a closure of 400,000 paths of average length fits, four times the largest known."""
 
 MAX_SET_SIZE = 1_000_000
 """Elements of one set or list: some ten times the largest closures known."""
@@ -106,13 +110,14 @@ class Reader:
     @ivar offset: how many bytes have been consumed since the beginning of the stream.
     """
 
-    __slots__ = ("_allowance", "_buffer", "_position", "offset")
+    __slots__ = ("_allowance", "_allowed", "_buffer", "_position", "offset")
 
     def __init__(self) -> None:
         # Immutable pieces, so that a large piece of a NAR can pass through without being copied.
         self._buffer = b""
         self._position = 0
         self._allowance: int | None = None
+        self._allowed = ""
         self.offset = 0
 
     def feed(self, data: bytes) -> None:
@@ -129,9 +134,14 @@ class Reader:
         """How many bytes have arrived and not been consumed."""
         return len(self._buffer) - self._position
 
-    def limit(self, size: int | None) -> None:
-        """From here on at most C{size} bytes may be consumed by parsers; C{None} lifts the limit."""
+    def limit(self, size: int, what: str = "a request") -> None:
+        """
+        From here on at most C{size} bytes may be consumed by parsers.
+
+        @param what: they belong to, for the error.
+        """
         self._allowance = size
+        self._allowed = f"{what} of more than {size} bytes"
 
     def take(self, atMost: int) -> bytes:
         """Consume up to C{atMost} bytes that are here already. They do not count against the L{limit}."""
@@ -152,7 +162,7 @@ class Reader:
     def _spend(self, size: int) -> None:
         if self._allowance is not None:
             if size > self._allowance:
-                raise FormatError(f"a request of more than {MAX_REQUEST_SIZE} bytes is refused", offset=self.offset)
+                raise FormatError(f"{self._allowed} is refused", offset=self.offset)
             self._allowance -= size
 
     def u64(self) -> Parse[int]:
@@ -176,12 +186,12 @@ class Reader:
         """An integer of which anything but zero is true, as Nix reads booleans."""
         return bool((yield from self.u32()))
 
-    def count(self) -> Parse[int]:
-        """How many elements follow."""
+    def count(self, most: int = MAX_SET_SIZE) -> Parse[int]:
+        """How many elements follow, at most C{most}."""
         value = yield from self.u64()
-        if value > MAX_SET_SIZE:
+        if value > most:
             raise FormatError(
-                f"a set of {value} elements{asText(value)} is refused, the limit is {MAX_SET_SIZE}",
+                f"a set of {value} elements{asText(value)} is refused, the limit is {most}",
                 offset=self.offset - 8,
             )
         return value
@@ -211,9 +221,9 @@ class Reader:
         """One string, as text."""
         return decodeText((yield from self.string(limit)))
 
-    def strings(self, limit: int = MAX_STRING_SIZE) -> Parse[list[str]]:
-        """A count and that many strings of at most C{limit} bytes each, in the order of the wire."""
-        count = yield from self.count()
+    def strings(self, limit: int = MAX_STRING_SIZE, most: int = MAX_SET_SIZE) -> Parse[list[str]]:
+        """A count of at most C{most} and that many strings of at most C{limit} bytes each, in the order of the wire."""
+        count = yield from self.count(most)
         result: list[str] = []
         while len(result) < count:
             self._shortStrings(result, count, limit)
@@ -243,9 +253,11 @@ class Reader:
         self.offset += position - self._position
         self._position = position
 
-    def pairs(self, key: Callable[[], Parse[str]], value: Callable[[], Parse[T]]) -> Parse[dict[str, T]]:
-        """A count and that many keys with their values."""
-        count = yield from self.count()
+    def pairs(
+        self, key: Callable[[], Parse[str]], value: Callable[[], Parse[T]], most: int = MAX_SET_SIZE
+    ) -> Parse[dict[str, T]]:
+        """A count, of at most C{most}, and that many keys with their values."""
+        count = yield from self.count(most)
         result: dict[str, T] = {}
         for _ in range(count):
             name = yield from key()

@@ -216,7 +216,9 @@ async def _download(
     told = await client.queryPathInfos(paths - present)
     infos = {path: asPromised(client.name, info, wanted.known) for path, info in told.items()}
     missing = _inOrder(paths - present, infos)
-    if not wanted.closure:
+    if wanted.closure:
+        _requireClosed(client, missing, paths)
+    else:
         references = _withReferences(paths, {info.path: info for info in missing})
         if wanted.lock:
             await here.addTempRoots(references)
@@ -283,6 +285,17 @@ def _inOrder(wanted: Iterable[StorePath], infos: Mapping[StorePath, ValidPathInf
 
 def _withReferences(paths: frozenset[StorePath], infos: Mapping[StorePath, ValidPathInfo]) -> frozenset[StorePath]:
     return paths.union(*(info.references for info in infos.values()))
+
+
+def _requireClosed(client: ServeClient, infos: Sequence[ValidPathInfo], closure: frozenset[StorePath]) -> None:
+    """
+    @raise RemoteError: one refers to something outside of what the remote has called a closure.
+    """
+    for info in infos:
+        for reference in sorted(info.references - closure):
+            raise RemoteError(
+                f"{_nameOf(client)} says that '{info.path}' refers to '{reference}', but left that out of the closure"
+            )
 
 
 def _requireReferences(missing: Sequence[ValidPathInfo], present: Collection[StorePath], where: str) -> None:

@@ -206,14 +206,15 @@ class _Arrival:
         self.complete: Deferred[None] = Deferred()
         self._throttle = throttle
         self._moved = moved
-        self._early: list[bytes] = []
+        # One piece: a remote may send it byte by byte.
+        self._early = bytearray()
         self._size = 0
         self._inflow: NarInflow[PathWriter] | None = None
 
     @property
     def nar(self) -> bytes:
         """What has come of a small one."""
-        return b"".join(self._early)
+        return bytes(self._early)
 
     def request(self, client: ServeClient) -> None:
         """Ask for it."""
@@ -227,9 +228,9 @@ class _Arrival:
         """
         begin = partial(here.session.addToStore, self.info)
         inflow = self._inflow = NarInflow[PathWriter](here.door, self._throttle, begin, self._failed)
-        early, self._early = self._early, []
-        for data in early:
-            inflow.write(data)
+        early, self._early = bytes(self._early), bytearray()
+        if early:
+            inflow.write(early)
         self._throttle.resume(self)
         await self.complete
         await inflow.end(methodcaller("finish"))
@@ -242,7 +243,7 @@ class _Arrival:
         if self._inflow is not None:
             self._inflow.write(data)
             return
-        self._early.append(data)
+        self._early += data
         if self._size >= MAX_QUEUED:
             self._throttle.pause(self)
 

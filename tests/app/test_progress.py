@@ -9,7 +9,7 @@ import pytest
 from twisted.internet.task import Clock
 
 from nixserve.app import progress
-from nixserve.app.bothsides import MAX_LINE, RemoteLines
+from nixserve.app.bothsides import MAX_HELD, MAX_LINE, RemoteLines
 from nixserve.app.progress import CopyReport, Screen
 from nixserve.app.text import onOneLine, printable
 from nixserve.testing import makeInfo, makeNar
@@ -112,6 +112,15 @@ class TestRemoteLines:
         self.lines.feed(b"x" * (MAX_LINE + 1))
         self.clock.advance(1)
         assert self.shown == ["host: " + "x" * (MAX_LINE + 1)]
+
+    def test_flood(self):
+        """Of a flood only so many lines wait; the rest is shown at once."""
+        for _ in range(5):
+            self.lines.feed(b"\n" * MAX_HELD)
+            assert len(self.lines._held) <= MAX_HELD
+        assert len(self.clock.getDelayedCalls()) == 1 and len(self.shown) >= 4 * MAX_HELD
+        self.clock.advance(1)
+        assert len(self.shown) == 5 * MAX_HELD
 
     def test_error(self):
         """What the error says is not shown as well; nothing is after the end."""

@@ -3,12 +3,13 @@
 import pytest
 
 from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation
-from nixserve.codec.serve import Command, readReply, writeReply
+from nixserve.codec.serve import BuildDerivation, Command, readReply, writeReply
 from nixserve.codec.wire import Reader
 from nixserve.errors import FormatError
-from tests.vectors.serve.messages import STORE_DIR, ZEROS, captured, path, wire
+from tests.vectors.serve.messages import DERIVATION, ONES_DRV, STORE_DIR, ZEROS, captured, path, wire
 
 SUCCESS = BuildResult(BuildStatus.BUILT, "", 1, False, 100, 110, {"out": Realisation(ZEROS)})
+ASKED = BuildDerivation(ONES_DRV, DERIVATION)
 FAILURE = BuildResult(BuildStatus.PERMANENT_FAILURE, "boom", 1, False, 100, 110)
 
 
@@ -17,7 +18,7 @@ def read(data, minor):
     reader = Reader()
     reader.feed(data)
     with pytest.raises(StopIteration) as stop:
-        next(readReply(reader, Command.BUILD_DERIVATION, 0x200 | minor, STORE_DIR))
+        next(readReply(reader, ASKED, 0x200 | minor, STORE_DIR))
     assert reader.available == 0
     return stop.value.value
 

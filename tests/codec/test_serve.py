@@ -27,6 +27,7 @@ from tests import strategies
 from tests.vectors.serve.messages import (
     COUNTING,
     DERIVATION,
+    LIB,
     MINORS,
     ONES_DRV,
     OPTIONS,
@@ -68,6 +69,25 @@ def parse(begin, pieces):
         return stop.value, reader.take(1 << 20) + b"".join(pieces)
 
 
+def requestOf(row):
+    """What the reply of a row may have been asked for."""
+    match row.command:
+        case Command.QUERY_VALID_PATHS:
+            return serve.QueryValidPaths(row.value)
+        case Command.QUERY_PATH_INFOS:
+            return serve.QueryPathInfos(frozenset(row.value))
+        case Command.QUERY_CLOSURE:
+            return serve.QueryClosure(frozenset())
+        case Command.BUILD_DERIVATION:
+            return BuildDerivation(ONES_DRV, DERIVATION)
+        case Command.BUILD_PATHS:
+            return serve.BuildPaths(())
+        case Command.IMPORT_PATHS:
+            return serve.ImportPaths()
+        case Command.ADD_TO_STORE_NAR:
+            return serve.AddToStoreNar(LIB)
+
+
 def readerOf(row):
     """How the bytes of a row are read."""
     version = 0x200 | row.minor
@@ -77,7 +97,7 @@ def readerOf(row):
         return (yield from serve.readRequest(reader, command, version, STORE_DIR))
 
     def reply(reader):
-        return (yield from serve.readReply(reader, row.command, version, STORE_DIR))
+        return (yield from serve.readReply(reader, requestOf(row), version, STORE_DIR))
 
     return request if row.command is None else reply
 
@@ -396,7 +416,7 @@ def test_repliesThatAreRefused():
             parse(readerOf(row), [wire(0)])
         with pytest.raises(FormatError, match="the text 'cannot a'"):
             parse(readerOf(row), [b"cannot add path"])
-    row = REPLIES[0]._replace(command=Command.QUERY_PATH_INFOS, minor=7)
+    row = REPLIES[0]._replace(command=Command.QUERY_PATH_INFOS, value={ZEROS}, minor=7)
     for data in (wire("short"), wire(ZEROS, "", [], 0, 0, ""), wire(ZEROS, "", [], 0, 0, COUNTING.hex)):
         with pytest.raises(FormatError):
             parse(readerOf(row), [data])
@@ -452,7 +472,7 @@ def test_badExportStreams():
 def test_pathInfosRoundTrip(info, minor):
     """Every info comes back but for its time and the flag C{ultimate}, which do not travel in replies."""
     data = serve.writeReply(Command.QUERY_PATH_INFOS, {info.path: info}, 0x200 | minor)
-    row = REPLIES[0]._replace(command=Command.QUERY_PATH_INFOS, minor=minor)
+    row = REPLIES[0]._replace(command=Command.QUERY_PATH_INFOS, value={info.path}, minor=minor)
     ((read,), rest) = (parse(readerOf(row), [data])[0].values(), b"")
     assert (read.path, read.narHash, read.narSize, read.references) == (
         info.path,

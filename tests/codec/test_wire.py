@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from nixserve.codec.text import decodeText, encodeText
 from nixserve.codec.wire import (
-    MAX_REQUEST_SIZE,
     MAX_SET_SIZE,
     MAX_STRING_SIZE,
     Reader,
@@ -202,7 +201,7 @@ def test_limitOfRequest():
         strings = wire(["x"] * 4) if method is Reader.strings else wire("x" * 40)
         assert parse(method, strings, limit=len(strings))[0] is not None
         for pieces in ([strings], bytewise(strings)):
-            with pytest.raises(FormatError, match=f"a request of more than {MAX_REQUEST_SIZE} bytes is refused"):
+            with pytest.raises(FormatError, match=f"a request of more than {len(strings) - 1} bytes is refused"):
                 parse(method, *pieces, limit=len(strings) - 1)
     with pytest.raises(FormatError, match="a request of more than"):
         parse(Reader.string, wire(1000), limit=1000)
