@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 from twisted.internet.defer import CancelledError
 
 from nixserve.app.running import runReactor
-from nixserve.app.text import onOneLine, printable
+from nixserve.codec.terminal import onOneLine, printable
 from nixserve.errors import NixServeError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession

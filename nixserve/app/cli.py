@@ -14,6 +14,7 @@ from typing import Any, Final
 import click
 
 from nixserve import __version__
+from nixserve.codec.terminal import onOneLine, printableLines
 from nixserve.errors import NixServeError
 
 __all__ = ["main", "nixserve"]
@@ -86,12 +87,13 @@ def main() -> None:
 def _fail(text: str, status: int, error: BaseException) -> None:
     """
     End with one line, behind what the log has to say about it, if anything, and before what else should be known.
+    Nothing is in them that a terminal would obey, whomever they quote.
 
     @raise SystemExit: always.
     """
     for note in getattr(error, "__notes__", ()):
-        click.echo(note, err=True)
-    click.echo(f"error: {text}", err=True)
+        click.echo(printableLines(note), err=True)
+    click.echo(f"error: {onOneLine(text)}", err=True)
     if hint := getattr(error, "hint", ""):
-        click.echo(hint, err=True)
+        click.echo(printableLines(hint), err=True)
     sys.exit(status)

@@ -15,11 +15,12 @@ from nixserve.app.arguments import Target
 from nixserve.app.facts import emitJSON, emitNothing, errorFact
 from nixserve.app.localside import LocalSide, checkStoreDirs
 from nixserve.app.outlinks import OutLinks
-from nixserve.app.text import formatBytes, printable
+from nixserve.app.text import formatBytes
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import derivationName
 from nixserve.codec.messages import BuildOptions
 from nixserve.codec.storepath import StorePath
+from nixserve.codec.terminal import printable
 from nixserve.errors import NixServeError
 from nixserve.remote.address import RemoteAddress
 

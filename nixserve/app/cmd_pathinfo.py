@@ -16,6 +16,7 @@ from nixserve.app.arguments import toStorePath
 from nixserve.app.settings import chooseStore
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.storepath import StorePath
+from nixserve.codec.terminal import onOneLine
 from nixserve.store.api import InvalidPath, StoreSession
 from nixserve.store.local import LocalStore
 
@@ -52,7 +53,7 @@ def pathInfo(
             if asJSON:
                 click.echo(json.dumps(_facts(infos[path], closure), sort_keys=True))
             else:
-                click.echo("\t".join(_columns(infos[path], size, closure, sigs)))
+                click.echo("\t".join(map(onOneLine, _columns(infos[path], size, closure, sigs))))
     finally:
         opened.close()
 

@@ -20,8 +20,8 @@ from nixserve.app.hookcommand import readMachines
 from nixserve.app.running import runReactor
 from nixserve.app.settings import chooseStore
 from nixserve.app.statedirs import hookStateDir
-from nixserve.app.text import onOneLine
 from nixserve.builder.settings import hostPlatforms
+from nixserve.codec.terminal import onOneLine
 from nixserve.errors import NixServeError
 from nixserve.hook.aside import Aside
 from nixserve.hook.checking import MachineReport, checkMachine
@@ -93,7 +93,7 @@ def _tellUnusable(text: str, asJSON: bool) -> None:
     if asJSON:
         emitJSON({"event": "unusable", "problems": [text]})
     else:
-        click.echo(f"not usable: {text}")
+        click.echo(f"not usable: {onOneLine(text)}")
 
 
 def _facts(machine: Machine, report: MachineReport, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -148,11 +148,11 @@ def _tell(machine: Machine, report: MachineReport, facts: Mapping[str, Any]) -> 
     _line("slots", f"{machine.maxJobs}, of which {'an unknown number' if free is None else free} free")
     if report.clockSkew is not None:
         _line("clock", f"{round(report.clockSkew):+d} s")
-    _line("put aside", onOneLine(facts["putAside"] or ""))
+    _line("put aside", facts["putAside"] or "")
     for problem in report.problems:
         _line("problem", problem)
 
 
 def _line(name: str, text: str) -> None:
     if text:
-        click.echo(f"  {name + ':':<12}{text}")
+        click.echo(f"  {name + ':':<12}{onOneLine(text)}")

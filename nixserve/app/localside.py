@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from nixserve.app.settings import chooseStore
-from nixserve.app.text import onOneLine
 from nixserve.codec.storepath import StoreDir
+from nixserve.codec.terminal import onOneLine
 from nixserve.errors import NixServeError, RemoteError, StoreError, UsageError
 from nixserve.store.api import InvalidPath, Store
 from nixserve.store.layout import StoreLayout

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from nixserve.app.facts import Emit, emitNothing
-from nixserve.app.text import printable
 from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.terminal import printable
 from nixserve.protocol.copying import CopyProgress
 
 if TYPE_CHECKING:

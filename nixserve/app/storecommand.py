@@ -18,6 +18,7 @@ from contextlib import suppress
 
 from nixserve import __version__
 from nixserve.codec.relay import MAX_FRAME, Frame, FrameReader, RelayHeader
+from nixserve.codec.terminal import onOneLine
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteError, UsageError
 from nixserve.ssh.command import ServeCommand, parseForced
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return relay(socketPath, RelayHeader(str(command.policy), command.storeURI or ""))
         return serve(command, os.environ)
     except NixServeError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {onOneLine(str(e))}", file=sys.stderr)
         return e.exitStatus
     except KeyboardInterrupt:
         return 130

@@ -26,6 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nixserve.codec.terminal import printableLines
 from nixserve.codec.wire import MAX_REQUEST_SIZE, Parse, Reader, encodeString
 from nixserve.errors import FormatError, LocalProtocolError, RemoteProtocolError
 
@@ -289,7 +290,8 @@ _PARSERS = {_State.SETTINGS: _parseSettings, _State.ASKABLE: _parseQuestion, _St
 
 class HookLog:
     """
-    Log lines for Nix, to be written to descriptor 2: each method returns the bytes of whole lines.
+    Log lines for Nix, to be written to descriptor 2: each method returns the bytes of whole lines. Nix shows them as
+    they are, so nothing is left in them that a terminal would obey but colours, whomever they quote.
 
     Messages that the user did not ask to see are nothing; activities are always told, as the original does, for
     Nix decides what its display shows.
@@ -307,11 +309,12 @@ class HookLog:
         """Something to read."""
         if level > self._verbosity:
             return b""
-        return _line({"action": "msg", "level": level, "msg": text})
+        return _line({"action": "msg", "level": level, "msg": _shown(text)})
 
     def error(self, text: str) -> bytes:
         """Why the build or the hook failed. Further lines are indented, as in Nix's own errors."""
         position = {"column": None, "file": None, "line": None}
+        text = _shown(text)
         shown = "error: " + text.replace("\n", "\n       ")
         return _line({"action": "msg", "level": Verbosity.ERROR, "msg": shown, "raw_msg": text, **position})
 
@@ -326,6 +329,7 @@ class HookLog:
         """
         number = self._nextActivity
         self._nextActivity += 1
+        text = _shown(text)
         more = {"fields": list(fields)} if fields else {}
         return number, _line({"action": "start", "id": number, "level": level, "text": text, "type": kind, **more})
 
@@ -346,6 +350,10 @@ def _line(value: Mapping[str, object]) -> bytes:
     """With the blanks, order and escapes of Nix's own lines."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     return f"@nix {_printable(text)}\n".encode()
+
+
+def _shown(text: str) -> str:
+    return printableLines(_printable(text), colours=True)
 
 
 def _printable(text: str) -> str:

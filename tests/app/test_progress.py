@@ -11,7 +11,6 @@ from twisted.internet.task import Clock
 from nixserve.app import progress
 from nixserve.app.bothsides import MAX_HELD, MAX_LINE, RemoteLines
 from nixserve.app.progress import CopyReport, Screen
-from nixserve.app.text import onOneLine, printable
 from nixserve.testing import makeInfo, makeNar
 
 
@@ -140,25 +139,3 @@ class TestRemoteLines:
         self.lines.feed(b"after\n")
         self.clock.advance(1)
         assert self.shown == ["host: before"]
-
-
-@pytest.mark.parametrize(
-    ("text", "plain", "coloured"),
-    [
-        ("a\tb ü", "a\tb ü", "a\tb ü"),
-        ("\x1b[1;31mred\x1b[0m", "red", "\x1b[1;31mred\x1b[0m"),
-        ("\x1b[2J\x1b[10;10Hx\x1b]0;title\x07y\x1b]2;t\x1b\\z\x1bc!", "xyz!", "xyz!"),
-        ("a\rb\x07\x08\x00\x9b2J", "ab2J", "ab2J"),
-        ("\x1b[31", "[31", "[31"),
-        ("\x1b", "", ""),
-    ],
-)
-def test_printable(text, plain, coloured):
-    """Nothing that a terminal would obey is left but, if wanted, colours."""
-    assert printable(text) == plain
-    assert printable(text, colours=True) == coloured
-
-
-def test_onOneLine():
-    """Lines become one."""
-    assert onOneLine("a \n\n \x1b[31mb\x1b[0m\r\nc\n") == "a b c"
