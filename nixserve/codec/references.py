@@ -7,7 +7,9 @@ of symbolic links, in names. Only hash parts that are asked for count. Source: N
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import heapq
+from array import array
+from collections.abc import Collection, Iterator, Mapping
 from struct import Struct
 
 from nixserve.codec.storepath import HASH_PART_LENGTH
@@ -27,6 +29,9 @@ class ReferenceScanner:
     One word of 8 bytes in every 24 is looked up among the words that occur in the hash parts, at each of the 24
     offsets at which it can lie. So the time does not depend on what the bytes are, nor much on how many hash parts are
     asked for, and the loops over the bytes are C.
+
+    Where there is such a word, it is compared with the hash parts once for each offset at which it occurs in one:
+    nearly always one, for to find two hashes that share 8 digits takes a million.
     """
 
     def __init__(self, hashParts: Collection[str]) -> None:
@@ -35,11 +40,16 @@ class ReferenceScanner:
         """
         self._found: set[str] = set()
         self._missing = {_digits(hashPart) for hashPart in hashParts}
-        # How often each word occurs in those that are missing.
-        self._words: dict[int, int] = {}
+        # The first offset at which each word occurs in one of those that are missing; and the others, of the few words
+        # that occur more than once.
+        self._offsets: dict[int, int] = {}
+        self._further: dict[int, set[int]] = {}
         for digits in self._missing:
-            for word in _wordsOf(digits):
-                self._words[word] = self._words.get(word, 0) + 1
+            for offset, word in enumerate(_wordsOf(digits)):
+                if word in self._offsets:
+                    self._further.setdefault(word, set()).add(offset)
+                else:
+                    self._offsets[word] = offset
         self._rest = b""
 
     @property
@@ -51,28 +61,36 @@ class ReferenceScanner:
         """Take the next bytes, cut anywhere. Cheapest in large pieces."""
         buffer = self._rest + data
         words = memoryview(buffer)[: len(buffer) - len(buffer) % _WORD].cast("Q")[:: _STRIDE // _WORD].tolist()
-        if not self._words.keys().isdisjoint(words):
-            for index, word in enumerate(words):
-                if word in self._words:
-                    self._lookAround(buffer, index * _STRIDE)
+        if not self._offsets.keys().isdisjoint(words):
+            self._lookAround(buffer, words)
         self._rest = buffer[-(HASH_PART_LENGTH - 1) :]
 
-    def _lookAround(self, buffer: bytes, position: int) -> None:
-        """Is the word at C{position} within a missing hash part?"""
-        for start in range(max(0, position - _STRIDE + 1), position + 1):
-            digits = buffer[start : start + HASH_PART_LENGTH]
-            if digits in self._missing:
-                self._found.add(digits.decode("ascii"))
-                self._forget(digits)
+    def _lookAround(self, buffer: bytes, words: list[int]) -> None:
+        """Are words within a missing hash part? This is what near misses cost."""
+        places = range(0, len(words) * _STRIDE, _STRIDE)
+        # One that would begin before the buffer was in the last one; such slices are too short.
+        candidates = {
+            buffer[(start := place - offset) : start + HASH_PART_LENGTH]
+            for place, offset in zip(places, map(self._offsets.get, words), strict=True)
+            if offset is not None
+        }
+        if not self._further.keys().isdisjoint(words):
+            candidates |= {
+                buffer[(start := place - offset) : start + HASH_PART_LENGTH]
+                for place, word in zip(places, words, strict=True)
+                for offset in self._further.get(word, ())
+            }
+        for digits in candidates & self._missing:
+            self._found.add(digits.decode("ascii"))
+            self._forget(digits)
 
     def _forget(self, digits: bytes) -> None:
         """Do not look for what is found: popular hash parts would cost time at each occurrence."""
         self._missing.remove(digits)
         for word in _wordsOf(digits):
-            if self._words[word] > 1:
-                self._words[word] -= 1
-            else:
-                del self._words[word]
+            # Another one may have those that occur more than once.
+            if word not in self._further:
+                del self._offsets[word]
 
 
 class HashRewriter:
@@ -86,7 +104,7 @@ class HashRewriter:
         """
         @param mapping: 32 characters of ASCII each. Where two keys overlap in the stream, the first wins.
         """
-        self.positions: list[int] = []
+        self.positions = array("Q")
         self._mapping = {_digits(old): _digits(new) for old, new in mapping.items()}
         # Bytes that were given back, and those after them that may be the beginning of an occurrence.
         self._written = 0
@@ -100,17 +118,14 @@ class HashRewriter:
         """
         buffer = self._rest + data
         ready = max(0, len(buffer) - HASH_PART_LENGTH + 1) if self._mapping else len(buffer)
-        occurrences = self._occurrences(buffer)
-        if not occurrences:
-            return self._write(buffer, ready)
-        rewritten = bytearray(buffer)
+        rewritten: bytearray | None = None
         end = 0
-        for position, old in occurrences:
-            if position >= end:
-                end = position + HASH_PART_LENGTH
-                rewritten[position:end] = self._mapping[old]
-                self.positions.append(self._written + position)
-        return self._write(bytes(rewritten), max(ready, end))
+        for position, old in self._occurrences(buffer):
+            rewritten = bytearray(buffer) if rewritten is None else rewritten
+            end = position + HASH_PART_LENGTH
+            rewritten[position:end] = self._mapping[old]
+            self.positions.append(self._written + position)
+        return self._write(buffer if rewritten is None else bytes(rewritten), max(ready, end))
 
     def finish(self) -> bytes:
         """
@@ -120,14 +135,19 @@ class HashRewriter:
         """
         return self._write(self._rest, len(self._rest))
 
-    def _occurrences(self, buffer: bytes) -> list[tuple[int, bytes]]:
-        occurrences: list[tuple[int, bytes]] = []
-        for old in self._mapping:
-            position = buffer.find(old)
-            while position >= 0:
-                occurrences.append((position, old))
-                position = buffer.find(old, position + 1)
-        return sorted(occurrences)
+    def _occurrences(self, buffer: bytes) -> Iterator[tuple[int, bytes]]:
+        """Those that do not overlap an earlier one, in order."""
+        following = [(position, old) for old in self._mapping if (position := buffer.find(old)) >= 0]
+        heapq.heapify(following)
+        end = 0
+        while following:
+            position, old = heapq.heappop(following)
+            if position >= end:
+                yield position, old
+                end = position + HASH_PART_LENGTH
+            # One that overlaps itself, over and over, is found once.
+            if (position := buffer.find(old, end)) >= 0:
+                heapq.heappush(following, (position, old))
 
     def _write(self, buffer: bytes, size: int) -> bytes:
         self._written += size

@@ -8,6 +8,7 @@ Contents come as the NAR of the object in chunks, from wherever. Nothing here bl
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
@@ -94,7 +95,7 @@ class HashModulo:
         self._algo = algo
         self._digest = hashlib.new(algo, usedforsecurity=False)
         self._needle = hashPart.encode("ascii")
-        self._offsets: list[int] = []
+        self._offsets = array("Q")
         # Bytes hashed, and those after them that may be the beginning of an occurrence.
         self._hashed = 0
         self._rest = b""

@@ -1,6 +1,7 @@
 """Finding and replacing hash parts in streams."""
 
 import random
+import time
 from itertools import pairwise
 
 import pytest
@@ -126,7 +127,7 @@ def rewrite(pieces, mapping):
     """The rewritten stream, and where."""
     rewriter = HashRewriter(mapping)
     data = b"".join([rewriter.feed(piece) for piece in pieces] + [rewriter.finish()])
-    return data, rewriter.positions
+    return data, list(rewriter.positions)
 
 
 @given(
@@ -176,3 +177,37 @@ def test_rewritesNothing():
     rewriter = HashRewriter({})
     assert rewriter.feed(A.encode()) == A.encode()
     assert rewriter.finish() == b""
+
+
+def seconds(data, asked):
+    """Processor time to scan, of the best of some tries."""
+    best = float("inf")
+    for _ in range(5):
+        scanner, begin = ReferenceScanner(asked), time.process_time()
+        scanner.feed(data)
+        best = min(best, time.process_time() - begin)
+    return best
+
+
+def test_nearMissesCostLittle():
+    """Bytes that nearly are hash parts, all of them but for a digit, take a few times as long as any others."""
+    asked = [A, B, C]
+    near = b"".join(hashPart[:31].encode() + b"~" for hashPart in asked) * 10_000
+    assert seconds(near, asked) < 15 * seconds(random.Random(1).randbytes(len(near)), asked)
+    assert scan([near], asked) == set()
+
+
+def test_digitsSharedAnywhere():
+    """Hash parts that share digits, at the same place or at others, are all found, also when one has been found."""
+    asked = [A, A[:16] + B[16:], "0" * 32, A[4:] + "0000", "0" * 31 + "1"]
+    for first in asked:
+        for second in asked:
+            assert scan([f"-{first}-".encode(), f"~~{second}".encode()], asked) == {first, second}
+
+
+def test_rewritesWhatOverlapsItself():
+    """A hash part that repeats itself over and over is replaced once in every 32 digits, in time."""
+    data, zeros = b"0" * (1 << 20), "0" * 32
+    begin = time.process_time()
+    assert rewrite([data], {zeros: A}) == (A.encode() * (1 << 15), list(range(0, 1 << 20, 32)))
+    assert time.process_time() - begin < 5
