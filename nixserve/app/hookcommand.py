@@ -29,6 +29,7 @@ from nixserve.hook.queue import Queue, Ticket
 from nixserve.hook.slots import Slots
 from nixserve.store.durability import Durability
 from nixserve.store.layout import StoreLayout
+from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["HookOptions", "answer", "main", "persistSeconds", "readMachines"]
 
@@ -242,11 +243,11 @@ def _chooseStore(settings: HookSettings, environ: Mapping[str, str]) -> StoreLay
 def _requireWritable(state: str) -> None:
     """
     @param state: see L{hookStateDir}.
-    @raise StoreError: nothing can be written there.
+    @raise StoreError: nothing can be written there, or others could.
     """
     advice = "set NIXSERVE_HOOK_STATE to a directory that this user may write to"
     try:
-        os.makedirs(state, 0o700, exist_ok=True)
+        makeOwnDirectory(state)
     except OSError as e:
         raise StoreError(f"cannot make the directory '{state}': {e.strerror}; {advice}") from e
     if not os.access(state, os.W_OK | os.X_OK):

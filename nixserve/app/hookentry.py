@@ -22,6 +22,7 @@ import os
 import sys
 
 from nixserve.app.statedirs import hookStateDir, socketDirectory
+from nixserve.store.ownpaths import UnsafePath, makeOwnDirectory
 
 TYPE_CHECKING = False
 
@@ -194,7 +195,11 @@ def _socketPath(environ: Mapping[str, str]) -> str:
     from zlib import crc32
 
     directory = socketDirectory(hookStateDir(environ), "preloaded")
-    os.makedirs(directory, 0o700, exist_ok=True)
+    try:
+        makeOwnDirectory(directory)
+    except UnsafePath as e:
+        # Whoever does the work says so.
+        raise PermissionError from e
     status = os.lstat(directory)
     if status.st_uid != os.geteuid() or status.st_mode & 0o170077 != 0o040000:
         raise PermissionError

@@ -41,6 +41,7 @@ from nixserve.ssh.command import ServeCommand
 from nixserve.store.api import Store
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
+from nixserve.store.ownpaths import requireOwn
 
 __all__ = ["serveStdio"]
 
@@ -110,6 +111,8 @@ def _startLog(path: str | None) -> None:
         globalLogBeginner.beginLoggingTo([_drop], redirectStandardIO=False, discardBuffer=True)
         return
     try:
+        # In a directory for all, somebody else may have put a link there.
+        requireOwn(path)
         stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - for the life of the process
     except OSError as e:
         raise UsageError(f"NIXSERVE_LOG: cannot write '{path}': {e.strerror}") from e

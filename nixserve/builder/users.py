@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from nixserve.builder.spawn import killProcesses
 from nixserve.errors import StoreError
 from nixserve.store.api import Busy
+from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["BuildUser"]
 
@@ -63,7 +64,7 @@ class BuildUser:
         pools = (os.path.join(stateDir, "userpool2"), _MACHINE_POOL)
         try:
             for pool in pools:
-                os.makedirs(pool, 0o755, exist_ok=True)
+                makeOwnDirectory(pool, 0o755)
             for slot in range(_SLOTS):
                 if locks := _lockAll([os.path.join(pool, f"slot-{slot}") for pool in pools]):
                     uid = _START_ID + slot * _SLOT_SIZE

@@ -29,6 +29,7 @@ from nixserve.store.files import deletePath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalSession
 from nixserve.store.opening import fileSystemErrors
+from nixserve.store.ownpaths import makeOwnDirectory
 from nixserve.store.pathlocks import PathLocks
 
 __all__ = ["WorkDir", "Workspace", "makeBuildDir"]
@@ -137,7 +138,7 @@ def makeBuildDir(layout: StoreLayout, parent: str, name: str, user: BuildUser, s
     @raise StoreError: the file system refuses.
     """
     with fileSystemErrors(f"cannot create a build directory in '{parent}'"):
-        os.makedirs(parent, 0o755, exist_ok=True)
+        makeOwnDirectory(parent, 0o755, shared=True)
         outer = _makeNumbered(f"{parent}/nix-build-{name}.drv-")
         try:
             if sandboxed:

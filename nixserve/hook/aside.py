@@ -22,6 +22,7 @@ from typing import Self
 
 from nixserve.hook.machines import Machine
 from nixserve.store.opening import fileSystemErrors
+from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["FIRST_PAUSE", "FORGOTTEN_AFTER", "LONGEST_PAUSE", "Aside", "Attempt", "Failure"]
 
@@ -227,7 +228,7 @@ class Aside:
         path = self._path(machine, ".json")
         with fileSystemErrors(f"cannot read '{path}'"):
             try:
-                with open(path, "rb") as stream:
+                with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as stream:
                     return stream.read(_MAX_SIZE)
             except FileNotFoundError:
                 return b""
@@ -237,7 +238,8 @@ class Aside:
         all is long past, so nothing is synced."""
         path = self._path(machine, ".json")
         with fileSystemErrors(f"cannot write '{path}'"):
-            with open(f"{path}.new", "w", encoding="ascii") as stream:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            with open(os.open(f"{path}.new", flags, 0o600), "w", encoding="ascii") as stream:
                 json.dump(asdict(failure), stream)
             os.rename(f"{path}.new", path)
 
@@ -249,7 +251,7 @@ class Aside:
 
     def _openPath(self, path: str) -> int:
         with fileSystemErrors(f"cannot open the lock file '{path}'"):
-            os.makedirs(self._directory, mode=0o700, exist_ok=True)
+            makeOwnDirectory(self._directory)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 

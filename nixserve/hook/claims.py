@@ -37,6 +37,7 @@ from nixserve.errors import StoreError
 from nixserve.hook.machines import Machine
 from nixserve.store.api import Busy
 from nixserve.store.opening import fileSystemErrors
+from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["MAX_CLAIMED", "Claims"]
 
@@ -71,7 +72,7 @@ class Claims:
         self._mutex = threading.Lock()
         self._claimed: set[StorePath] = set()
         with fileSystemErrors(f"cannot open the lock file '{self._path}'"):
-            os.makedirs(directory, mode=0o700, exist_ok=True)
+            makeOwnDirectory(directory)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from nixserve.hook.machines import Machine
 from nixserve.store.opening import fileSystemErrors
+from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["LastSeen"]
 
@@ -37,17 +38,20 @@ class LastSeen:
         """
         path = self._path(machine)
         with fileSystemErrors(f"cannot write '{path}'"):
-            os.makedirs(self._directory, mode=0o700, exist_ok=True)
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-            now = self._clock()
-            os.utime(path, (now, now))
+            makeOwnDirectory(self._directory)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                now = self._clock()
+                os.utime(fd, (now, now))
+            finally:
+                os.close(fd)
 
     def isSince(self, machine: Machine, moment: float) -> bool:
         """
         Has it worked since C{moment}? A time to come counts for nothing: the clock was set back.
         """
         try:
-            return moment <= os.stat(self._path(machine)).st_mtime <= self._clock()
+            return moment <= os.lstat(self._path(machine)).st_mtime <= self._clock()
         except OSError:
             return False
 

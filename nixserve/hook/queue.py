@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from nixserve.hook.machines import Machine
 from nixserve.store.opening import fileSystemErrors
+from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["MAX_WAITING", "MAX_WAITING_IN_ALL", "WAITING_PER_SLOT", "Queue", "Ticket"]
 
@@ -80,7 +81,7 @@ class Queue:
         line = f"{self._directory}/{hashlib.sha256(os.fsencode(waitedFor)).hexdigest()[:16]}"
         slots = sum(machine.maxJobs for machine in machines)
         with fileSystemErrors(f"cannot use the directory '{self._directory}'"):
-            os.makedirs(self._directory, mode=0o700, exist_ok=True)
+            makeOwnDirectory(self._directory)
             place = _takeOne(f"{line}-", min(slots * WAITING_PER_SLOT, MAX_WAITING))
             if place is None:
                 return None

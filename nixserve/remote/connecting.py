@@ -27,6 +27,7 @@ from nixserve.remote.failures import CannotConnect, Evidence, explain, noProgram
 from nixserve.remote.localfiles import PrivateFile, ReactorThreads, findProgram
 from nixserve.remote.master import SSHMaster
 from nixserve.remote.openssh import knownHostsLine, sshArguments, sshEnvironment
+from nixserve.store.ownpaths import UnsafePath
 
 __all__ = ["SETUP_SECONDS", "connect"]
 
@@ -179,6 +180,8 @@ class _Attempt:
                 await self._door.call(file.write, knownHostsLine(address))
                 argv = sshArguments(address, self._environ, knownHosts=file.path, command=command)
                 await self._spawn(argv, sshEnvironment(self._environ))
+            except UnsafePath as e:
+                raise CannotConnect(address.name, e.reason, e.advice) from e
             finally:
                 # Through the same door: behind the writing, even if that was given up half way.
                 await self._door.call(file.remove)

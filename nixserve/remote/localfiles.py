@@ -16,6 +16,7 @@ from twisted.internet.threads import deferToThreadPool
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IWorkers
+from nixserve.store.ownpaths import requireOwn
 
 __all__ = ["PrivateFile", "ReactorThreads", "findProgram", "temporaryName"]
 
@@ -44,8 +45,13 @@ class PrivateFile:
         self.path = f"{self._directory}/{name}"
 
     def write(self, content: str) -> None:
-        """Make it."""
+        """
+        Make it.
+
+        @raise UnsafePath: others could put another in its place.
+        """
         os.mkdir(self._directory, 0o700)
+        requireOwn(self._directory)
         with open(self.path, "x", encoding="ascii") as stream:
             stream.write(content)
 

@@ -31,6 +31,7 @@ from nixserve.remote.failures import SSH_FAILED, CannotConnect, Evidence, explai
 from nixserve.remote.localfiles import ReactorThreads, findProgram, temporaryName
 from nixserve.remote.openssh import knownHostsLine, sshArguments, sshEnvironment
 from nixserve.store.api import Busy
+from nixserve.store.ownpaths import UnsafePath, makeOwnDirectory
 
 __all__ = ["PERSIST_SECONDS", "SSHMaster"]
 
@@ -191,7 +192,7 @@ class SSHMaster:
         @raise CannotConnect: it cannot lie there.
         """
         try:
-            os.makedirs(self._directory, 0o700, exist_ok=True)
+            makeOwnDirectory(self._directory)
             found = os.lstat(self._directory)
             if found.st_uid != os.geteuid() or found.st_mode & 0o170077 != 0o040000:
                 raise CannotConnect(
@@ -200,11 +201,16 @@ class SSHMaster:
                     "chmod 700 it, or choose another directory",
                 )
             if self._lockFile is None:
-                self._lockFile = os.open(f"{self.controlPath}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                self._lockFile = os.open(
+                    f"{self.controlPath}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+                )
             fcntl.flock(self._lockFile, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self.knownHosts:
-                with open(self.knownHosts, "w", encoding="ascii") as stream:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+                with open(os.open(self.knownHosts, flags, 0o600), "w", encoding="ascii") as stream:
                     stream.write(knownHostsLine(self.address))
+        except UnsafePath as e:
+            raise CannotConnect(self.address.name, f"no shared connection: {e.reason}", e.advice) from e
         except BlockingIOError:
             raise Busy(f"another process that connects to {self.address.name}", 0.05) from None
         except OSError as e:

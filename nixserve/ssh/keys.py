@@ -29,6 +29,7 @@ from zope.interface import implementer
 
 from nixserve.errors import FormatError, UsageError
 from nixserve.ssh.authorizedkeys import AuthorizedKey, parseAuthorizedKey
+from nixserve.store.ownpaths import UnsafePath, requireOwn
 
 __all__ = [
     "MAX_AUTHORIZED_KEYS",
@@ -57,9 +58,10 @@ def loadHostKey(path: str) -> Key:
 
     @raise UsageError: the file cannot be read or made, is no private key, needs a passphrase, or others may
         read it.
+    @raise UnsafePath: others could put another in its place.
     """
     try:
-        if not os.path.lexists(path):
+        if not requireOwn(path):
             _createHostKey(path)
         return readPrivateKey(path)
     except OSError as error:
@@ -111,8 +113,8 @@ class AuthorizedKeysFile:
     """
     The keys of an C{authorized_keys} file, as the file is now.
 
-    A file that others than its owner may write lets nobody in (sshd's C{StrictModes}; the directories above it
-    are the operator's concern), nor does one that belongs to neither this process's user nor root, is larger than
+    A file that others than its owner may write lets nobody in, nor does one that belongs to neither this process's user
+    nor root, or lies where others could put another in its place (sshd's C{StrictModes}), is larger than
     L{MAX_AUTHORIZED_KEYS}, or is missing. Each such case, and each line that is not understood, is logged when the
     file has changed, not at each login.
 
@@ -131,7 +133,11 @@ class AuthorizedKeysFile:
 
     def _refresh(self) -> None:
         try:
+            requireOwn(self.path)
             now = os.stat(self.path)
+        except UnsafePath as error:
+            self._refuse((hash(error.reason),), str(error))
+            return
         except OSError as error:
             self._refuse((error.errno or -1,), error.strerror or "cannot be read")
             return

@@ -14,6 +14,7 @@ import os
 from nixserve.codec.storepath import StorePath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.opening import fileSystemErrors
+from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["BuildLog", "buildLogPath"]
 
@@ -41,9 +42,10 @@ class BuildLog:
         self.path = buildLogPath(layout, drvPath)
         self._compressor = bz2.BZ2Compressor()
         with fileSystemErrors(f"creating build log '{self.path}'"):
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            makeOwnDirectory(os.path.dirname(self.path), 0o755)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             # Unbuffered, since the compressor buffers already.
-            self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 - closed by close
+            self._file = open(os.open(self.path, flags, 0o666), "wb", buffering=0)  # noqa: SIM115 - closed by close
 
     def write(self, data: bytes) -> None:
         """
