@@ -11,6 +11,7 @@ import gc
 import ipaddress
 import itertools
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from twisted.python import usage
 from twisted.python.failure import Failure
 
 from nixserve import __version__
+from nixserve.app.ownsocket import OwnSocket
 from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, parseStore, readConfig
 from nixserve.builder.local import LocalBuilder, SandboxMode
 from nixserve.builder.sandbox import sandboxProblem
@@ -47,6 +49,7 @@ from nixserve.ssh.server import ServeFactory, ServeRealm
 from nixserve.store.api import Store
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
+from nixserve.store.ownpaths import makeOwnDirectory, requireOwn
 from twisted import __version__ as twistedVersion
 
 __all__ = ["FORCED_COMMAND", "CommandService", "Options", "ServeService", "makeService"]
@@ -175,6 +178,7 @@ class ServeService(Service):
         self._workers: Workers | None = None
         self._store: Store | None = None
         self._builds: Builds | None = None
+        self._socket: OwnSocket | None = None
 
     def startService(self) -> None:
         """
@@ -197,7 +201,8 @@ class ServeService(Service):
 
     def _start(self) -> None:
         settings = self.settings
-        os.makedirs(settings.state, mode=0o700, exist_ok=True)
+        makeOwnDirectory(settings.state)
+        self._socket = OwnSocket(settings.socket)
         place = parseStore(settings.store, self._environ)
         hostKey = loadHostKey(settings.hostKey)
         policy = Policy.parse(settings.defaultRights)
@@ -215,12 +220,15 @@ class ServeService(Service):
         for text in settings.listen:
             self._listen(text, _endpoint(self._reactor, text), self._ssh)
         # Owner only: whoever may connect gets what the credentials of the socket give.
-        relays = UNIXServerEndpoint(self._reactor, settings.socket, mode=0o600, wantPID=True)
+        relays = UNIXServerEndpoint(self._reactor, settings.socket, mode=0o600)
         self._listen(f"unix:{settings.socket}", relays, RelayFactory(self.sessions, policy, numbers))
         self.log.info("serving {store}; the host key is {key}", store=settings.store, key=fingerprint(hostKey.public()))
 
     def _openLocal(self, layout: StoreLayout) -> IBuilds | None:
         """@return: who builds."""
+        if layout.stateDir.startswith(f"{self.settings.state}/"):
+            # Made by us, or by whoever was before us.
+            requireOwn(layout.stateDir)
         store = self._store = LocalStore(replace(layout, durability=self.settings.durability))
         workers = self._workers = Workers(self._reactor)
         workers.start()
@@ -264,6 +272,11 @@ class ServeService(Service):
         if self._store is not None:
             self._store.close()
         self._workers = self._store = self._builds = None
+        self._letGoOfSocket()
+
+    def _letGoOfSocket(self) -> None:
+        if self._socket is not None:
+            self._socket.release()
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, end the sessions, then let go of the store."""
@@ -278,6 +291,7 @@ class ServeService(Service):
             return
         await gatherResults([maybeDeferred(port.stopListening) for port in self.ports], consumeErrors=True)
         self.ports.clear()
+        self._letGoOfSocket()
         await self.sessions.stop()
         if self._builds is not None:
             await self._builds.stop()
@@ -396,8 +410,10 @@ def _ownKeys(directory: Path) -> Iterator[str]:
 
 def _writeNew(path: str, text: str) -> None:
     """A file that only its owner may read, complete or not at all."""
-    temporary = f"{path}.tmp-{os.getpid()}"
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
+    # Not named after this process: what one that was killed has left would be in the way of the next with its number.
+    temporary = f"{path}.tmp-{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
