@@ -173,6 +173,12 @@ class PacedChannel(SSHChannel):
         self._stopProducer()
         self.loseConnection()
 
+    def endWith(self, line: str) -> None:
+        """Drop what is queued, say a line on the peer's standard error, and exit with status 1."""
+        self.queue.clear()
+        self.writeError(line.encode("utf-8", "surrogateescape") + b"\n")
+        self.exit(1)
+
     def loseWriteConnection(self) -> None:
         """Send what is queued, then EOF; go on receiving."""
         self._eofWanted = True

@@ -92,6 +92,12 @@ class PacedConnection(SSHConnection):
             head = _OUT_HEAD.pack(_MSG_CHANNEL_DATA, remote, len(data))
         self.transport.sendChannelData(head, data)
 
+    def endSessions(self, line: str) -> None:
+        """End every session with a line on its standard error, which is sent if it can be at once."""
+        for channel in list(self.channels.values()):
+            channel.endWith(line)
+        self.pump()
+
     # Receiving
 
     def dataArrived(self, localChannel: int, data: bytes) -> None:

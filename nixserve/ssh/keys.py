@@ -2,17 +2,19 @@
 Keys on disk: the endpoint's own, and those that it lets in, each with its policy.
 
 The files are read on the calling thread, the reactor's in a service: an C{authorized_keys} is at most
-L{MAX_AUTHORIZED_KEYS} bytes on a local disk and is read again only when it has changed; a login costs one C{stat}.
+L{MAX_AUTHORIZED_KEYS} bytes on a local disk and is read again only when it has changed; a login costs one C{stat}, and
+so does each look at whether those who are logged in still may be (L{nixserve.ssh.keywatch}).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -46,6 +48,9 @@ MAX_AUTHORIZED_KEYS = 1024 * 1024
 
 # Of a security key's signature (PROTOCOL.u2f): somebody touched it.
 _SK_TOUCHED = 0x01
+
+# What the operator does to a file that is to let nobody in. Other errors (EIO, EMFILE, ESTALE) are faults.
+_SAYS_NO = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
 
 _log = Logger()
 
@@ -116,7 +121,8 @@ class AuthorizedKeysFile:
     A file that others than its owner may write lets nobody in, nor does one that belongs to neither this process's user
     nor root, or lies where others could put another in its place (sshd's C{StrictModes}), is larger than
     L{MAX_AUTHORIZED_KEYS}, or is missing. Each such case, and each line that is not understood, is logged when the
-    file has changed, not at each login.
+    file has changed, not at each login. A file that cannot be read for reasons of its own lets nobody in either, for
+    as long as that lasts.
 
     @ivar path: where it is; it need not exist.
     """
@@ -125,32 +131,52 @@ class AuthorizedKeysFile:
         self.path = path
         self._state: tuple[int, ...] = ()
         self._keys: dict[bytes, list[AuthorizedKey]] = {}
+        self._trouble = ""
 
     def find(self, blob: bytes) -> list[AuthorizedKey]:
         """All lines for the key C{blob}, in the file's order. Reads the file if it has changed."""
-        self._refresh()
+        self.refresh()
+        return self.known(blob)
+
+    def known(self, blob: bytes) -> list[AuthorizedKey]:
+        """As L{find}, without looking at the file."""
         return self._keys.get(blob, [])
 
-    def _refresh(self) -> None:
+    def refresh(self) -> bool:
+        """
+        Read the file if it has changed.
+
+        @return: whether it is known what it says. If not, the disk or this process has a fault, which says nothing
+            about the keys.
+        """
         try:
-            requireOwn(self.path)
-            now = os.stat(self.path)
+            self._look()
         except UnsafePath as error:
             self._refuse((hash(error.reason),), str(error))
-            return
         except OSError as error:
-            self._refuse((error.errno or -1,), error.strerror or "cannot be read")
-            return
-        state = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_mode, now.st_uid)
+            reason = error.strerror or "cannot be read"
+            if error.errno in _SAYS_NO:
+                self._refuse((error.errno or -1,), reason)
+                return True
+            if reason != self._trouble:
+                _log.warn("{path} lets nobody in for now: {reason}", path=self.path, reason=reason)
+            self._trouble, self._state, self._keys = reason, (), {}
+            return False
+        self._trouble = ""
+        return True
+
+    def _look(self) -> None:
+        requireOwn(self.path)
+        now = os.stat(self.path)
+        state = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_mode, now.st_uid)
         if state == self._state:
             return
-        try:
-            with open(self.path, "rb") as stream:
-                opened = os.fstat(stream.fileno())
-                content = stream.read(MAX_AUTHORIZED_KEYS + 1)
-        except OSError as error:
-            self._refuse(state, error.strerror or "cannot be read")
+        if not stat.S_ISREG(now.st_mode):
+            self._refuse(state, "it is no file")
             return
+        with open(self.path, "rb") as stream:
+            opened = os.fstat(stream.fileno())
+            content = stream.read(MAX_AUTHORIZED_KEYS + 1)
         if opened.st_mode & 0o022:
             self._refuse(state, f"others may write it (mode {stat.S_IMODE(opened.st_mode):04o}): chmod go-w it")
         elif opened.st_uid not in (0, os.geteuid()):
@@ -237,10 +263,17 @@ class AuthorizedKeysChecker:
         return entry
 
     def _findLine(self, credentials: KeyCredentials) -> AuthorizedKey:
-        """The first line for the key that lets it in from there now, as sshd takes it."""
+        return self.choose(self.keys.find(credentials.blob), credentials.address)
+
+    def choose(self, lines: Iterable[AuthorizedKey], address: str) -> AuthorizedKey:
+        """
+        The first of the lines for a key that lets it in from an address now, as sshd takes it.
+
+        @raise UnauthorizedLogin: none does; the text says why the last one does not.
+        """
         reason = ""
-        for entry in self.keys.find(credentials.blob):
-            reason = entry.refusal(credentials.address, self.now())
+        for entry in lines:
+            reason = entry.refusal(address, self.now())
             if not reason:
                 return entry
         raise KnownKeyRefused(reason) if reason else UnauthorizedLogin("the key is not known")

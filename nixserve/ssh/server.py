@@ -40,6 +40,7 @@ from nixserve.ssh.channel import PacedChannel
 from nixserve.ssh.command import ServeCommand, parseCommand
 from nixserve.ssh.connection import PacedConnection
 from nixserve.ssh.keys import AuthorizedKeysChecker, KeyCredentials, KnownKeyRefused
+from nixserve.ssh.keywatch import KeyWatch
 from nixserve.ssh.transport import PUBLIC_KEY_ALGORITHMS, ConchLog, PacedTransport, addressText
 
 __all__ = [
@@ -79,6 +80,7 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
     One connection, with the limits on its login.
 
     @ivar source: see L{nixserve.ssh.admission.Newcomer}.
+    @ivar host: see L{nixserve.ssh.keywatch.LoggedIn}.
     """
 
     version = b"nixserve"
@@ -89,7 +91,7 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
 
     factory: ServeFactory
 
-    source = ""
+    source = host = ""
     _early = b""
     _earlyBytes = 0
 
@@ -105,21 +107,41 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
     def connectionMade(self) -> None:
         """Say hello, and stand at the door."""
         self.factory.connections.add(self)
-        self.source = sourceOf(addressHost(self.peerAddress))
+        self.host = addressHost(self.peerAddress)
+        self.source = sourceOf(self.host)
         super().connectionMade()
         self.factory.admission.enter(self)
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         """Forget the connection."""
         self.factory.admission.leave(self)
+        self.factory.watch.discard(self)
         self.factory.connections.discard(self)
         super().connectionLost(reason)
 
-    def loginOver(self, entry: AuthorizedKey) -> None:
+    def loginOver(self) -> None:
         """The client has logged in."""
         self.factory.admission.leave(self)
+        self.factory.watch.add(self)
         if self.log.budget is not None:
-            self.log.budget.above = self.factory.budgets.known(f"the key {entry}")
+            self.log.budget.above = self.factory.budgets.known(f"the key {self.entry}")
+
+    @property
+    def entry(self) -> AuthorizedKey:
+        """The line of C{authorized_keys} that lets the client in, once it has."""
+        return cast(ServeAvatar, self.avatar).entry
+
+    @entry.setter
+    def entry(self, entry: AuthorizedKey) -> None:
+        cast(ServeAvatar, self.avatar).entry = entry
+
+    def expel(self, reason: str) -> None:
+        """See L{nixserve.ssh.keywatch.LoggedIn}."""
+        self.log.warn(
+            "{peer} ({key}) is disconnected: {reason}", peer=self.peerText, key=str(self.entry), reason=reason
+        )
+        cast(ServeConnection, self.service).endSessions(f"error: {reason}")
+        self.sendDisconnect(transport.DISCONNECT_BY_APPLICATION, reason.encode("utf-8", "replace"))
 
     # Before the login
 
@@ -215,7 +237,7 @@ class ServeUserAuth(userauth.SSHUserAuthServer):
         super().serviceStarted()
         self._cancelLoginTimeout.cancel()
         self._cancelLoginTimeout = None  # type: ignore[assignment]
-        self.portal = _AddressedPortal(self.transport.factory.portal, addressHost(self.transport.peerAddress))
+        self.portal = _AddressedPortal(self.transport.factory.portal, self.transport.host)
 
     def ssh_USERAUTH_REQUEST(self, packet: bytes) -> Deferred[Any] | None:
         """A try to log in. Conch looks at the service that shall follow only after a successful one, and stumbles."""
@@ -274,7 +296,7 @@ class ServeConnection(PacedConnection):
     def serviceStarted(self) -> None:
         """The login is over."""
         avatar = cast(ServeAvatar, self.transport.avatar)
-        self.transport.loginOver(avatar.entry)
+        self.transport.loginOver()
         avatar.address = self.transport.peerAddress
         avatar.log = self.transport.log
         self.transport.log.info("{peer} logged in with {key}", peer=avatar.peerText, key=str(avatar.entry))
@@ -324,7 +346,7 @@ class ServeChannel(PacedChannel):
             command = self.avatar.decide(line)
         except PolicyError as error:
             self.avatar.logRefusal(f"command {shownText(line, 120)}", str(error))
-            self._refuse(f"error: {error}")
+            self.endWith(f"error: {error}")
             return True
         session = self.avatar.realm.nextSession()
         peer = Peer(self.avatar.peerText, str(self.avatar.entry), session, self.avatar.log.budget)
@@ -340,7 +362,7 @@ class ServeChannel(PacedChannel):
             self.attach(self.avatar.realm.sessions.buildSession(command.policy, peer))
         except Exception:
             self.avatar.log.failure("session {session} could not be built", session=session)
-            self._refuse("error: internal error of the endpoint; its log says more")
+            self.endWith("error: internal error of the endpoint; its log says more")
         return True
 
     def requestShell(self, data: bytes) -> bool:
@@ -349,7 +371,7 @@ class ServeChannel(PacedChannel):
             return False
         self._started = True
         self.avatar.logRefusal("shell", "only nix-store --serve runs here")
-        self._refuse(
+        self.endWith(
             "This is a Nix store, not a shell. Use it from Nix, for example: nix copy --to ssh://HOST[:PORT] PATH"
         )
         return True
@@ -367,10 +389,6 @@ class ServeChannel(PacedChannel):
         """A terminal, a subsystem, X11, an agent: refused, and logged."""
         self.avatar.logRefusal("request " + shownText(requestType, 40), "only nix-store --serve runs here")
         return False
-
-    def _refuse(self, line: str) -> None:
-        self.writeError(line.encode("utf-8", "surrogateescape") + b"\n")
-        self.exit(1)
 
 
 class ServeAvatar(ConchUser):
@@ -480,6 +498,7 @@ class ServeFactory(SSHFactory):
     Builds the connections of one SSH port.
 
     @ivar admission: the connections that have not logged in.
+    @ivar watch: those that have.
     @ivar connections: all of them.
     @ivar budgets: how much may be logged about whom.
     """
@@ -504,6 +523,7 @@ class ServeFactory(SSHFactory):
         self.publicKeys = {name: key.public() for name, key in self.privateKeys.items()}
         self.clock = clock
         self.admission = Admission(clock)
+        self.watch = KeyWatch(checker, clock)
         self.budgets = LogBudgets(clock.seconds)
         self.connections: set[ServeTransport] = set()
 

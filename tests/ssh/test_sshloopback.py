@@ -2,6 +2,7 @@
 Our endpoint and our own client, over loopback.
 """
 
+import os
 import socket
 import struct
 
@@ -20,6 +21,7 @@ from twisted.logger import capturedLogs
 
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY
 from nixserve.ssh import admission as admissionModule
+from nixserve.ssh import keywatch as keywatchModule
 from nixserve.ssh import transport as transportModule
 from nixserve.ssh.admission import LOGIN_SECONDS, TICK_SECONDS
 from nixserve.ssh.authorizedkeys import fingerprint
@@ -512,6 +514,75 @@ async def test_garbage(makeServer, garbage):
         stranger.transport.loseConnection()
         await until(reactor, lambda: not server.factory.connections)
     assert [event for event in events if event["log_level"].name in ("critical", "error")] == []
+
+
+# Being logged in
+
+
+REVOCATIONS = {
+    "removed": ("key is no longer let in", lambda server: server.authorize(key=server.hostKey)),
+    "file removed": ("key is no longer let in", lambda server: os.unlink(f"{server.directory}/authorized_keys")),
+    "file open to others": (
+        "key is no longer let in",
+        lambda server: os.chmod(f"{server.directory}/authorized_keys", 0o666),
+    ),
+    "line not understood": ("key is no longer let in", lambda server: server.authorize("cert-authority")),
+    "expired": ("the key has expired", lambda server: server.authorize('expiry-time="20200101"')),
+    "elsewhere": ("is not to be used from 127", lambda server: server.authorize('from="10.0.0.1"')),
+    "forced": ("may do has changed", lambda server: server.authorize('command="nix-store --serve"')),
+}
+
+
+@pytest.mark.parametrize("name", REVOCATIONS)
+@pytest_twisted.ensureDeferred
+async def test_revokedKeys(makeServer, monkeypatch, name):
+    """A key that is removed or changed loses its connection and all sessions, with a line that says why."""
+    reason, revoke = REVOCATIONS[name]
+    monkeypatch.setattr(keywatchModule, "LOOK_SECONDS", 0.05)
+    server = makeServer()
+    recorder = await connect(server, b"echo\n")
+    await until(reactor, lambda: server.sessions.all and server.sessions.all[0].mode is not None)
+    with capturedLogs() as events:
+        revoke(server)
+        ended = await within(reactor, 10, recorder.ended)
+        await within(reactor, 10, server.sessions.all[0].ended)
+        await until(reactor, lambda: not server.factory.connections)
+    assert ended.exitCode == 1
+    assert reason in recorder.errors.decode()
+    assert recorder.errors.startswith(b"error: ")
+    assert recorder.errors.count(b"\n") == 1
+    (event,) = [event for event in events if "is disconnected" in event.get("log_format", "")]
+    assert reason in event["reason"]
+    assert "me@here" in event["key"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_revokedKeyOfABusyConnection(makeServer, monkeypatch):
+    """Nor does a client that reads nothing, in the middle of a reply, keep its sessions."""
+    monkeypatch.setattr(keywatchModule, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(transportModule, "_LINGER_SECONDS", 0.2)
+    server = makeServer()
+    recorder = await connect(server, b"source %d\n" % (64 * MIB))
+    await until(reactor, lambda: server.sessions.all and server.sessions.all[0].mode is not None)
+    serviceOf(recorder).transport.transport.pauseProducing()
+    server.authorize(key=server.hostKey)
+    await within(reactor, 10, server.sessions.all[0].ended)
+    await until(reactor, lambda: not server.factory.connections)
+    recorder.transport.abortConnection()
+
+
+@pytest_twisted.ensureDeferred
+async def test_otherChangesOfTheFile(makeServer, monkeypatch):
+    """Who is still let in stays, whatever else changes: other lines, the comment, a later expiry."""
+    monkeypatch.setattr(keywatchModule, "LOOK_SECONDS", 0.01)
+    server = makeServer()
+    recorder = await connect(server, b"echo\n")
+    (connection,) = server.factory.connections
+    server.authorize('restrict,expiry-time="29990101",from="127.0.0.1"', comment="another")
+    await until(reactor, lambda: connection.entry.comment == "another")
+    recorder.transport.write(b"alive")
+    await until(reactor, lambda: recorder.data == b"alive")
+    recorder.transport.abortConnection()
 
 
 # The connection
