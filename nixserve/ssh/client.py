@@ -33,12 +33,13 @@ from twisted.python.failure import Failure
 from twisted.python.filepath import FilePath
 from zope.interface import implementer
 
+from nixserve.codec.text import shownText
 from nixserve.errors import RemoteError
 from nixserve.protocol.interfaces import IErrorReceiver
 from nixserve.ssh.authorizedkeys import fingerprint
 from nixserve.ssh.channel import PacedChannel
 from nixserve.ssh.connection import PacedConnection
-from nixserve.ssh.transport import PUBLIC_KEY_ALGORITHMS, PacedTransport
+from nixserve.ssh.transport import PUBLIC_KEY_ALGORITHMS, ConchLog, PacedTransport
 
 __all__ = [
     "CONNECT_SECONDS",
@@ -266,7 +267,7 @@ class _ClientTransport(PacedTransport, transport.SSHClientTransport):
         if any(key.blob() == hostKey for key in self._hostKeys):
             return succeed(True)
         expected = [fingerprint(key) for key in self._hostKeys]
-        text = f"{getNS(hostKey)[0].decode('ascii', 'replace')} {base64.b64encode(hostKey).decode('ascii')}"
+        text = f"{shownText(getNS(hostKey)[0])} {base64.b64encode(hostKey).decode('ascii')}"
         error = HostKeyError(self.host, expected, fingerprint(hostKey), text)
         self.attempt.failed(error)
         return fail(error)
@@ -279,13 +280,12 @@ class _ClientTransport(PacedTransport, transport.SSHClientTransport):
 
     def receiveError(self, reasonCode: int, description: bytes) -> None:
         """The host says goodbye."""
-        text = description.decode("utf-8", "replace")
-        self.attempt.failed(SSHError(f"{self.host} disconnected: {text}"))
+        self.attempt.failed(SSHError(f"{self.host} disconnected: {shownText(description)}"))
         super().receiveError(reasonCode, description)
 
     def sendDisconnect(self, reason: int, desc: bytes) -> None:
         """We say goodbye."""
-        self.attempt.failed(SSHError(f"{self.host}: {desc.decode('utf-8', 'replace')}"))
+        self.attempt.failed(SSHError(f"{self.host}: {shownText(desc)}"))
         super().sendDisconnect(reason, desc)
 
     def connectionLost(self, reason: Failure | None = None) -> None:
@@ -303,6 +303,8 @@ class _ClientUserAuth(userauth.SSHUserAuthClient):
     """
 
     transport: _ClientTransport
+    # Over Conch's.
+    _log: Any = ConchLog()
 
     def __init__(self, user: bytes, instance: _ClientConnection, keys: Sequence[Key]) -> None:
         super().__init__(user, instance)
@@ -387,7 +389,8 @@ class _ClientChannel(PacedChannel):
 
     def openFailed(self, reason: Any) -> None:
         """The host opens no session."""
-        text = str(getattr(reason, "value", reason))
+        value = getattr(reason, "value", reason)
+        text = shownText(value if isinstance(value, bytes) else str(value))
         self.conn.attempt.failed(SSHError(f"{self.conn.attempt.host} opened no session: {text}"))
 
     def loseConnection(self) -> None:
@@ -413,7 +416,7 @@ class _ClientChannel(PacedChannel):
 
     def requestExitSignal(self, data: bytes) -> bool:
         """A signal has ended the command."""
-        self._signal = getNS(data)[0].decode("ascii", "replace")
+        self._signal = shownText(getNS(data)[0], 20)
         return True
 
     def lossReason(self) -> Exception:

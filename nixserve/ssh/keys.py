@@ -29,7 +29,9 @@ from twisted.internet.defer import Deferred, execute
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from nixserve.codec.text import decodeText
 from nixserve.errors import FormatError, UsageError
+from nixserve.protocol.peerlog import PeerLog
 from nixserve.ssh.authorizedkeys import AuthorizedKey, parseAuthorizedKey
 from nixserve.store.ownpaths import UnsafePath, requireOwn
 
@@ -52,7 +54,11 @@ _SK_TOUCHED = 0x01
 # What the operator does to a file that is to let nobody in. Other errors (EIO, EMFILE, ESTALE) are faults.
 _SAYS_NO = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP})
 
-_log = Logger()
+# Of lines that are not understood, so many are logged each time the file has changed.
+_MAX_COMPLAINTS = 20
+
+# What somebody has pasted into the file is no better than what a peer sends.
+_log = PeerLog(Logger())
 
 
 def loadHostKey(path: str) -> Key:
@@ -195,16 +201,19 @@ class AuthorizedKeysFile:
 
     def _parse(self, content: bytes) -> dict[bytes, list[AuthorizedKey]]:
         keys: dict[bytes, list[AuthorizedKey]] = {}
+        bad = 0
         for number, line in enumerate(content.split(b"\n"), start=1):
             try:
-                key = parseAuthorizedKey(line.decode("utf-8", "surrogateescape"), number)
+                key = parseAuthorizedKey(decodeText(line), number)
             except FormatError as error:
-                _log.warn(
-                    "{path}: line {line} lets nobody in: {reason}", path=self.path, line=number, reason=str(error)
-                )
+                bad += 1
+                if bad <= _MAX_COMPLAINTS:
+                    _log.warn("{path}: line {line} lets nobody in: {reason}", path=self.path, line=number, reason=error)
                 continue
             if key is not None:
                 keys.setdefault(key.blob, []).append(key)
+        if bad > _MAX_COMPLAINTS:
+            _log.warn("{path}: {count} more lines let nobody in", path=self.path, count=bad - _MAX_COMPLAINTS)
         return keys
 
 

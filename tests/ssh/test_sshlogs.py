@@ -12,7 +12,9 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.logger import globalLogPublisher, textFileLogObserver
 
-from nixserve.ssh.server import MAX_CHANNELS
+from nixserve.ssh.client import SSHError
+from nixserve.ssh.keys import AuthorizedKeysFile
+from nixserve.ssh.server import MAX_CHANNELS, ServeConnection, ServeTransport
 from tests.ssh.support import Recorder, Server, clientFactory, until, within
 from tests.ssh.test_sshloopback import connect, plainPacket, raw, serviceOf
 
@@ -214,3 +216,56 @@ async def test_channelsAreNotForgotten(makeServer):
     serviceOf(recorder).transport.sendPacket(92, struct.pack(">2L", 0, 1) + NS(b"x") + NS(b""))
     await within(reactor, 5, server.sessions.all[0].ended)
     await until(reactor, lambda: not server.factory.connections)
+
+
+HOSTS_WORDS = {
+    "goodbye": ("ssh_KEXINIT", lambda self, packet: self.sendDisconnect(2, EVIL), ServeTransport),
+    "no session": (
+        "ssh_CHANNEL_OPEN",
+        lambda self, packet: self.transport.sendPacket(92, struct.pack(">2L", 0, 1) + NS(EVIL) + NS(EVIL)),
+        ServeConnection,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS_WORDS)
+@pytest_twisted.ensureDeferred
+async def test_hostsWords(makeServer, monkeypatch, log, name):
+    """What a host says reaches our client's errors and log as text, and none of it a terminal as it is."""
+    method, says, kind = HOSTS_WORDS[name]
+    monkeypatch.setattr(kind, method, says)
+    with pytest.raises(SSHError) as caught:
+        await connect(makeServer())
+    assert str(caught.value).isprintable()
+    assert r"\x1b]0;evil\x07" in str(caught.value)
+    check(log)
+
+
+@pytest_twisted.ensureDeferred
+async def test_hostsMessages(makeServer, log):
+    """A host that floods a client with messages makes its log no larger than a peer's."""
+    server = makeServer()
+    recorder = await connect(server, b"echo\n")
+    await until(reactor, lambda: server.sessions.all and server.sessions.all[0].mode is not None)
+    (connection,) = server.factory.connections
+    connection.ssh_UNIMPLEMENTED = lambda packet: None
+    for _ in range(1000):
+        connection.sendPacket(4, b"\x01" + NS(EVIL) + NS(b""))
+        connection.sendPacket(3, struct.pack(">L", 1))
+        connection.sendPacket(99, EVIL)
+        connection.sendPacket(200, EVIL)
+    recorder.transport.write(b"alive")
+    await until(reactor, lambda: recorder.data == b"alive")
+    recorder.transport.abortConnection()
+    check(log)
+
+
+def test_authorizedKeysWords(tmp_path, log):
+    """Lines of authorized_keys that are not understood are named in the log, shown, and not each of thousands."""
+    path = tmp_path / "authorized_keys"
+    path.write_bytes((EVIL.replace(b"\r", b"") + b"=x ssh-ed25519 AAAA\n") * 1000)
+    path.chmod(0o600)
+    AuthorizedKeysFile(str(path)).find(b"")
+    check(log)
+    assert "line 1 lets nobody in" in log.getvalue()
+    assert "980 more lines" in log.getvalue()
