@@ -27,6 +27,7 @@ from zope.interface import provider
 
 from nixserve.app.settings import chooseServedStore, defaultMaxJobs, logPath
 from nixserve.builder.local import LocalBuilder
+from nixserve.codec.text import shownText
 from nixserve.errors import UsageError
 from nixserve.protocol.builds import Builds
 from nixserve.protocol.monotonic import useMonotonicTime
@@ -72,7 +73,8 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
         workers.start()
         if builds is not None:
             builds.start()
-        session = sessions.buildSession(command.policy, Peer("stdio", environ.get("SSH_CONNECTION", ""), os.getpid()))
+        peer = Peer("stdio", shownText(environ.get("SSH_CONNECTION", "")), os.getpid())
+        session = sessions.buildSession(command.policy, peer)
         transport = StdioTransport(session, runner)
         transport.exited.addCallback(statuses.append)
         transport.exited.addBoth(end)

@@ -216,15 +216,6 @@ class PacedTransport(transport.SSHTransportBase):
         self._ending = True
         self.transport.abortConnection()
 
-    def receiveError(self, reasonCode: int, description: bytes) -> None:
-        """The peer says goodbye, as OpenSSH does at the end of each connection: that is no news."""
-
-    def receiveDebug(self, alwaysDisplay: bool, message: bytes, lang: bytes) -> None:
-        """Nobody here is to be shown what the peer would like to be shown (RFC 4253, section 11.3)."""
-
-    def receiveUnimplemented(self, seqnum: int) -> None:
-        """The peer does not know a message of ours: all of them are in the RFCs, or are answered with "no"."""
-
     # As the producer of TCP
 
     def pauseProducing(self) -> None:

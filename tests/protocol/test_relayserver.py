@@ -9,10 +9,12 @@ from twisted.internet import reactor
 from twisted.internet.endpoints import UNIXServerEndpoint
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
+from twisted.logger import capturedLogs, formatEvent
 from twisted.python.filepath import FilePath
 
 from nixserve.codec.relay import MAX_HEADER, Frame, FrameReader, RelayHeader
 from nixserve.protocol import relay
+from nixserve.protocol.logbudget import KEY
 from nixserve.protocol.policy import READ_ONLY
 from nixserve.protocol.relay import RelayFactory
 from nixserve.protocol.sessions import ServeSessions
@@ -245,3 +247,17 @@ def test_errorsThatNobodyReads(service):
 def test_nothingLeftBehind(service):
     """The socket belongs to the service."""
     assert FilePath(service.address).isSocket()
+
+
+@pytest_twisted.inlineCallbacks
+def test_relaysWordsInTheLog(service):
+    """What a relay sends reaches the log shown, and only so much of it."""
+    evil = "\x1b]0;evil\x07"
+    with capturedLogs() as events:
+        for _ in range(300):
+            _output, _errors, status = yield service.ask(RelayHeader("read", evil + "x" * 200).encode())
+            assert status == 1
+    texts = [formatEvent(event) for event in events]
+    assert r"\x1b]0;evil\x07" in texts[0]
+    assert all(text.isprintable() for text in texts)
+    assert sum(map(len, texts)) < 1.1 * KEY[0]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTerminated
-from twisted.logger import globalLogPublisher
+from twisted.logger import formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 
 from nixserve.codec.hashes import Hash
@@ -427,6 +427,25 @@ def test_refusalsAreLogged(logged):
     (event,) = [event for event in logged if "refused" in str(event.get("log_format"))]
     assert (event["peer"], event["key"], event["command"]) == (Peer("here", "key", 7), "key", "IMPORT_PATHS")
     assert str(event["error"]) == "importing paths is not allowed"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        HELLO + wire(1, 0, 0, ["\x1b]0;evil\x07\r"]),
+        HELLO + wire(3, "/nix/store/\x1b]0;evil\x07\r"),
+        HELLO + wire(4, 1) + b"\x1b]0;evil\x07\r" * 100,
+        b"\x1b]0;evil\x07\r" * 10,
+    ],
+)
+def test_wordsOfPeersInTheLog(logged, words):
+    """Whatever a peer breaks the rules with, the log has no byte of it as it is."""
+    Session().send(words)
+    texts = [formatEvent(event) for event in logged] + [
+        event["log_failure"].getTraceback() for event in logged if "log_failure" in event
+    ]
+    assert any("refused" in text or "failed" in text for text in texts)
+    assert all(text.replace("\n", "").isprintable() for text in texts)
 
 
 # --- clients that do not wait -------------------------------------------------------------------------------
