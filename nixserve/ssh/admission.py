@@ -16,7 +16,7 @@ A connection costs little as long as it says nothing, and a login costs some 20 
 from __future__ import annotations
 
 import ipaddress
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -116,8 +116,7 @@ class Admission:
             if slowest is not None and self._waitedFor[slowest] * TICK_SECONDS >= PATIENCE_SECONDS:
                 self._turnAway(slowest, "too many connections from its address have not logged in")
         if len(self._waitedFor) > MAX_LOGINS:
-            crowd = self._largestCrowd()
-            self._turnAway(self._slowest(crowd) or crowd[-1], "too many connections have not logged in")
+            self._turnAway(self._fromTheLargestCrowd(), "too many connections have not logged in")
 
     def leave(self, newcomer: Newcomer) -> None:
         """Somebody has logged in, or is gone."""
@@ -131,12 +130,12 @@ class Admission:
         self.leave(newcomer)
         newcomer.turnAway(reason)
 
-    def _largestCrowd(self) -> list[Newcomer]:
-        """Those of the source that has most."""
-        crowds: dict[str, list[Newcomer]] = {}
-        for newcomer in self._waitedFor:
-            crowds.setdefault(newcomer.source, []).append(newcomer)
-        return max(crowds.values(), key=len)
+    def _fromTheLargestCrowd(self) -> Newcomer:
+        """The slowest of the sources that have most; if all of these wait for us, of all; or else who came last."""
+        counts = Counter(newcomer.source for newcomer in self._waitedFor)
+        most = max(counts.values())
+        crowd = [newcomer for newcomer in self._waitedFor if counts[newcomer.source] == most]
+        return self._slowest(crowd) or self._slowest(self._waitedFor) or crowd[-1]
 
     def _slowest(self, newcomers: Iterable[Newcomer]) -> Newcomer | None:
         """Who has been waited for longest, and of these who came first; not one that waits for us."""

@@ -153,6 +153,34 @@ def test_floodOfConnections(admission):
     assert flood[-1].reason is None
 
 
+def test_manyAddresses(admission, clock):
+    """When each address has one connection, the one that has been waited for longest makes room, not one in line."""
+    admission.wantTurn(Somebody(admission, "somebody"))
+    honest = Somebody(admission, "honest")
+    admission.wantTurn(honest)
+    idle = [Somebody(admission, str(number)) for number in range(MAX_LOGINS - 3)]
+    admission._ticked()
+    late = Somebody(admission, "late")
+    admission.leave(next(one for one in admission._waitedFor if one.source == "somebody"))
+    newcomers = [Somebody(admission, f"new {number}") for number in range(3)]
+    assert [one.reason is not None for one in idle] == [True, True] + [False] * (MAX_LOGINS - 5)
+    assert not any(one.reason for one in (honest, late, *newcomers))
+
+
+def test_everybodyStandsInLine(admission):
+    """When all who are there wait for us, who comes last is turned away: there is nobody who keeps us waiting."""
+    burst = [Somebody(admission) for _ in range(MAX_LOGINS)]
+    for one in burst:
+        admission.wantTurn(one)
+    late = Somebody(admission)
+    # The first one has had its turn.
+    assert [one.reason is not None for one in (*burst, late)] == [True] + [False] * MAX_LOGINS
+    admission.wantTurn(late)
+    last = Somebody(admission)
+    assert last.reason is not None
+    assert late.reason is None
+
+
 def test_nobodyIsForgotten(admission, clock):
     """When all have left nothing ticks any more."""
     one = Somebody(admission)
