@@ -41,6 +41,7 @@ those of root.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import marshal
 import os
@@ -69,11 +70,13 @@ _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 _SECCOMP_MODE_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
-_LANDLOCK_SCOPES = 1  # LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET; Linux 6.12
+_LANDLOCK_SCOPES = 3  # LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET, LANDLOCK_SCOPE_SIGNAL; Linux 6.12
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
 _AF_INET, _SOCK_DGRAM = 2, 2
 _SIGKILL = 9
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "loongarch64": 41, "ppc64le": 203, "s390x": 217}
+_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "loongarch64": 219, "ppc64le": 271, "s390x": 280}
 _MOUNT_SETATTR, _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 442, 444, 446
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -139,6 +142,7 @@ def supervise(job: Job) -> str:
     job["dropGroups"] = sandboxed or job["ownUid"]
     # Standard input, the job, is of no use to anybody later; the other two are /dev/null already.
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+    _leaveKeyrings()
     if job["ownUid"]:
         killUser(job["uid"])
     if sandboxed:
@@ -157,6 +161,20 @@ def supervise(job: Job) -> str:
         os.close(fd)
     _watch(job, pid, askToMap, isMapped)
     return _end(job, pid)
+
+
+def _leaveKeyrings() -> None:
+    """
+    Keyrings go from parent to child: take an empty one in place of the server's, perhaps the operator's, whose keys
+    the kernel uses for what this process and the builder do, for file systems with logins for instance. What a program
+    may ask for itself is up to the filter.
+    """
+    number = _KEYCTL.get(os.uname().machine)
+    if number is None or _libc.syscall(ctypes.c_long(number), _KEYCTL_JOIN_SESSION_KEYRING, None) != -1:
+        return
+    # A kernel without keyrings, or a container that forbids them to all that is in it.
+    if ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM, errno.EACCES):
+        raise SetupFailed(f"leaving the session keyring: {os.strerror(ctypes.get_errno())}")
 
 
 def _becomeNamespaceRoot(job: Job) -> None:
@@ -262,10 +280,12 @@ def killUser(uid: int) -> None:
     if pid == 0:
         try:
             os.setresuid(uid, uid, uid)
+            # With capabilities, which the service manager may have made to stay, this would be everybody.
+            _dropCapabilities()
             os.kill(-1, _SIGKILL)
         except ProcessLookupError:
             pass
-        except OSError:
+        except (OSError, SetupFailed):
             os._exit(1)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
@@ -351,6 +371,8 @@ def _setUp(job: Job, mayMap: int, awaitMap: int) -> None:
     elif job["ownUid"]:
         os.setresgid(job["gid"], job["gid"], job["gid"])
         os.setresuid(job["uid"], job["uid"], job["uid"])
+    if os.geteuid() != 0:
+        _dropCapabilities()
     # Changing the user has cleared it.
     _check(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "asking to die with the supervisor")
     os.chdir(job["cwd"])
@@ -359,7 +381,7 @@ def _setUp(job: Job, mayMap: int, awaitMap: int) -> None:
         _libc.signal(number, None)
     _libc.sigprocmask(2, bytes(128), None)
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "giving up new privileges")
-    _scopeAbstractSockets()
+    _enterScope()
     _installFilter(job["filter"])
 
 
@@ -376,9 +398,15 @@ def _openInput(data: bytes | None) -> int:
 
 
 def _limit(job: Job) -> None:
-    """umask, core dumps off, processes and threads limited."""
+    """umask, core dumps off for good, processes and threads limited."""
     os.umask(0o022)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    # With 0 the kernel would still start the program that the host may have for core dumps, as root and outside all
+    # namespaces; 1 means neither file nor program (Linux, fs/coredump.c).
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except ValueError:
+        # It is 0 for good, and only a privilege could raise it.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Where the uid is that of the server, its own processes would count.
     if job["ownUid"] or job["sandbox"] is not None:
         hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
@@ -394,20 +422,27 @@ def _becomeSandboxUser(mayMap: int, awaitMap: int) -> None:
         raise SetupFailed("the user namespace got no users")
     os.setresgid(SANDBOX_GID, SANDBOX_GID, SANDBOX_GID)
     os.setresuid(SANDBOX_UID, SANDBOX_UID, SANDBOX_UID)
-    # An exec would take these away, since 1000 is not root there; a module of ours runs without one.
+
+
+def _dropCapabilities() -> None:
+    """
+    Give up all capabilities. Most go with the user or with an exec, but for a module of ours there is none; those that
+    a service manager gave to the server for ever (C{AmbientCapabilities}, C{SecureBits}) outlive both.
+    """
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(header, bytes(24)), "giving up capabilities")
 
 
-def _scopeAbstractSockets() -> None:
+def _enterScope() -> None:
     """
-    Where the kernel can (Landlock ABI 6), cut the builder off from abstract sockets of others: they belong to the
-    network namespace, which a fixed-output build shares with the host. As Nix does since 2.34.
+    Where the kernel can (Landlock ABI 6), cut the builder off from abstract sockets of others, as Nix does since 2.34:
+    they belong to the network namespace, which a fixed-output build shares with the host. Others still get at those of
+    the builder. And from sending signals to others, which it could without a sandbox.
     """
     request = struct.pack("=QQQ", 0, 0, _LANDLOCK_SCOPES)
     ruleset = _libc.syscall(ctypes.c_long(_LANDLOCK_CREATE_RULESET), request, ctypes.c_long(len(request)), 0)
     if ruleset != -1:
-        _syscall(_LANDLOCK_RESTRICT_SELF, "restricting abstract sockets", ruleset, 0)
+        _syscall(_LANDLOCK_RESTRICT_SELF, "restricting sockets and signals", ruleset, 0)
         os.close(ruleset)
 
 

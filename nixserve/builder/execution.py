@@ -198,6 +198,8 @@ class Execution:
             cwd=workspace.inner,
             sandbox=workspace.sandbox,
             linux32=build.drv.platform == "i686-linux" and self._settings.system == "x86_64-linux",
+            # Whoever builds for both has 32-bit programs in builds for either.
+            socketcall="i686-linux" in {self._settings.system, *self._settings.extraPlatforms},
         )
 
     def _builtinSpec(self, workspace: Workspace) -> ProcessSpec:

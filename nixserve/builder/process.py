@@ -115,6 +115,7 @@ class ProcessSpec:
         function C{main()}, which returns the exit status, with the environment, standard streams, user and sandbox
         of any builder. It is imported before all that, and can import nothing later.
     @ivar linux32: tell it that the machine has 32 bits, for C{i686-linux} and the like.
+    @ivar socketcall: let it make sockets in the way of 32-bit x86 programs, see L{seccomp.filterProgram}.
     @ivar filterSyscalls: Nix's setting filter-syscalls. Off only for programs of our own.
     """
 
@@ -127,6 +128,7 @@ class ProcessSpec:
     stdin: bytes | None = None
     module: str = ""
     linux32: bool = False
+    socketcall: bool = False
     filterSyscalls: bool = True
 
 
@@ -228,7 +230,7 @@ def _job(spec: ProcessSpec, limits: Limits) -> child.Job:
         "module": spec.module,
         "path": [os.path.abspath(entry) for entry in sys.path] if spec.module else [],
         "maxProcesses": limits.maxProcesses,
-        "filter": seccomp.filterProgram() if spec.filterSyscalls else b"",
+        "filter": seccomp.filterProgram(socketcall=spec.socketcall) if spec.filterSyscalls else b"",
         "personality": _NO_RANDOMIZE | (_LINUX32 if spec.linux32 else 0),
         "sandbox": spec.sandbox.mounts() if spec.sandbox else None,
     }

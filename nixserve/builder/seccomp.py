@@ -5,9 +5,17 @@ Nix's rules (Nix 2.8, src/libstore/build/local-derivation-goal.cc:setupSeccomp):
 setgid, because others on the machine could run it as the build user while the build lasts, and none may use extended
 attributes or ACLs, because they do not travel in a NAR. Nix refuses the calls that change modes; the same can be had by
 creating a file with such a mode, and around the filter by calls whose arguments it cannot see, so these are refused
-here as well: C{openat2} and C{io_uring_setup} as if the kernel had none, which every caller must expect.
+here as well: C{openat2} and C{io_uring} as if the kernel had none, which every caller must expect.
 
-Everything is allowed but what is named. A process may switch to the other instruction sets of its processor, which
+Stricter than Nix, since no namespace separates these from the host and from other builds:
+
+  - keyrings: whose keys a process finds follows from its uid and its descent. As if the kernel had none;
+  - families of sockets beside those of local programs and the internet: C{AF_VSOCK} leads to the hypervisor and other
+    machines, C{AF_ALG} only to more of the kernel. Packet sockets need a network namespace of one's own. As if the
+    kernel had not got them;
+  - the kernel's log. As if it were root's alone, as it is on most machines.
+
+Everything else is allowed. A process may switch to the other instruction sets of its processor, which
 number calls differently, so there is a table for each.
 """
 
@@ -44,18 +52,31 @@ class _Architecture:
     @ivar modes: the calls that set a mode, each with the index of that argument.
     @ivar opens: likewise the calls that have a mode if the argument before it says so.
     @ivar xattrs: the calls that get, set and list extended attributes.
+    @ivar keys: add_key, request_key and keyctl.
+    @ivar syslog: reads the kernel's log.
+    @ivar sockets: the calls that make sockets, with the family as first argument.
+    @ivar socketcall: makes sockets too, and hides from us of which family; 0 where there is none.
     """
 
     audit: int
     modes: Mapping[int, int]
     opens: Mapping[int, int]
     xattrs: tuple[int, ...]
+    keys: tuple[int, int, int]
+    syslog: int
+    sockets: tuple[int, int]
+    socketcall: int = 0
 
 
 # Calls newer than Linux 5.1 have one number everywhere.
 _FCHMODAT2 = {452: 2}
 _XATTRS_AT = (463, 464, 465)
-_WITHHELD = (425, 437)  # io_uring_setup, openat2
+_WITHHELD = (425, 426, 427, 437)  # io_uring_setup, io_uring_enter, io_uring_register, openat2
+
+# <linux/socket.h>: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK, AF_PACKET.
+_FAMILIES = (1, 2, 10, 16, 17)
+# <linux/net.h>: SYS_SOCKET, SYS_SOCKETPAIR, the first argument of socketcall.
+_SOCKETCALLS = (1, 8)
 
 # In this order: chmod, fchmod, fchmodat, creat, mknod, mknodat; open, openat.
 _X86_64 = _Architecture(
@@ -63,37 +84,57 @@ _X86_64 = _Architecture(
     {90: 1, 91: 1, 268: 2, 85: 1, 133: 1, 259: 2} | _FCHMODAT2,
     {2: 2, 257: 3},
     (*range(188, 197), *_XATTRS_AT),
+    (248, 249, 250),
+    103,
+    (41, 53),
 )
 _I386 = _Architecture(
     0x40000003,
     {15: 1, 94: 1, 306: 2, 8: 1, 14: 1, 297: 2} | _FCHMODAT2,
     {5: 2, 295: 3},
     (*range(226, 235), *_XATTRS_AT),
+    (286, 287, 288),
+    103,
+    (359, 360),
+    102,
 )
 # Has no chmod, creat, mknod and open.
-_AARCH64 = _Architecture(0xC00000B7, {52: 1, 53: 2, 33: 2} | _FCHMODAT2, {56: 3}, (*range(5, 14), *_XATTRS_AT))
+_AARCH64 = _Architecture(
+    0xC00000B7,
+    {52: 1, 53: 2, 33: 2} | _FCHMODAT2,
+    {56: 3},
+    (*range(5, 14), *_XATTRS_AT),
+    (217, 218, 219),
+    116,
+    (198, 199),
+)
 _ARM = _Architecture(
     0x40000028,
     {15: 1, 94: 1, 333: 2, 8: 1, 14: 1, 324: 2} | _FCHMODAT2,
     {5: 2, 322: 3},
     (*range(226, 235), *_XATTRS_AT),
+    (309, 310, 311),
+    103,
+    (281, 288),
 )
 _MACHINES = {"x86_64": (_X86_64, _I386), "aarch64": (_AARCH64, _ARM)}
 
 
-def filterProgram(machine: str = "") -> bytes:
+def filterProgram(machine: str = "", socketcall: bool = True) -> bytes:
     """
     The filter for a machine.
 
     @param machine: as C{uname -m} names it; this one if empty.
+    @param socketcall: let 32-bit x86 programs make sockets by the call that the C libraries there use. It hides the
+        family from the filter, so with it there is a way to all of them.
     @return: an array of C{struct sock_filter}; empty for a machine that has no table, where nothing is filtered.
     """
     architectures = _MACHINES.get(machine or platform.machine(), ())
-    program = [block for architecture in architectures for block in _forArchitecture(architecture)]
+    program = [block for architecture in architectures for block in _forArchitecture(architecture, socketcall)]
     return b"".join([*program, _step(_RETURN, _ALLOW)]) if program else b""
 
 
-def _forArchitecture(architecture: _Architecture) -> list[bytes]:
+def _forArchitecture(architecture: _Architecture, socketcall: bool) -> list[bytes]:
     """The steps for one instruction set, passed over by calls of another."""
     body = [_step(_LOAD, _NUMBER)]
     if architecture is _X86_64:
@@ -106,8 +147,13 @@ def _forArchitecture(architecture: _Architecture) -> list[bytes]:
         body += _refuse(number, flags + check)
     for number in architecture.xattrs:
         body += _refuse(number, [_step(_RETURN, _ERRNO | errno.ENOTSUP)])
-    for number in _WITHHELD:
+    for number in (*_WITHHELD, *architecture.keys):
         body += _refuse(number, [_step(_RETURN, _ERRNO | errno.ENOSYS)])
+    body += _refuse(architecture.syslog, [_step(_RETURN, _ERRNO | errno.EPERM)])
+    for number in architecture.sockets:
+        body += _refuse(number, _allowOnly(_FAMILIES))
+    if architecture.socketcall and not socketcall:
+        body += _refuse(architecture.socketcall, _refuseOnly(_SOCKETCALLS))
     body.append(_step(_RETURN, _ALLOW))
     # A conditional jump reaches 255 steps only.
     head = [_step(_LOAD, _ARCHITECTURE), _step(_JUMP_EQUAL, architecture.audit, 1, 0), _step(_JUMP, len(body))]
@@ -126,6 +172,28 @@ def _checkMode(argument: int) -> list[bytes]:
         _step(_JUMP_SET, _SPECIAL_BITS, 0, 1),
         _step(_RETURN, _ERRNO | errno.EPERM),
         _step(_RETURN, _ALLOW),
+    ]
+
+
+def _allowOnly(families: tuple[int, ...]) -> list[bytes]:
+    """Refuse if the first argument is none of these; otherwise, in the last step, allow."""
+    tests = [_step(_JUMP_EQUAL, family, len(families) - index) for index, family in enumerate(families)]
+    return [
+        _loadArgument(0),
+        *tests,
+        _step(_RETURN, _ERRNO | errno.EAFNOSUPPORT),
+        _step(_RETURN, _ALLOW),
+    ]
+
+
+def _refuseOnly(calls: tuple[int, ...]) -> list[bytes]:
+    """Refuse, in the last step, if the first argument is one of these; otherwise allow."""
+    tests = [_step(_JUMP_EQUAL, call, len(calls) - index) for index, call in enumerate(calls)]
+    return [
+        _loadArgument(0),
+        *tests,
+        _step(_RETURN, _ALLOW),
+        _step(_RETURN, _ERRNO | errno.EAFNOSUPPORT),
     ]
 
 

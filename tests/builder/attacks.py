@@ -9,14 +9,35 @@ import errno
 import mmap
 import os
 import platform
+import resource
 import socket
 import stat
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NUMBERS = {
-    "x86_64": {"chmod": 90, "mknod": 133, "openat2": 437, "fchmodat2": 452, "setxattrat": 463},
-    "aarch64": {"openat2": 437, "fchmodat2": 452, "setxattrat": 463},
+    "x86_64": {
+        "chmod": 90,
+        "mknod": 133,
+        "openat2": 437,
+        "fchmodat2": 452,
+        "setxattrat": 463,
+        "add_key": 248,
+        "request_key": 249,
+        "keyctl": 250,
+        "syslog": 103,
+        "socket": 41,
+    },
+    "aarch64": {
+        "openat2": 437,
+        "fchmodat2": 452,
+        "setxattrat": 463,
+        "add_key": 217,
+        "request_key": 218,
+        "keyctl": 219,
+        "syslog": 116,
+        "socket": 198,
+    },
 }.get(platform.machine(), {})
 _X32 = 0x40000000
 
@@ -40,19 +61,25 @@ def _python(function, *arguments, **options):
     return "ok"
 
 
-def _oldInstructions():
-    """chmod 04755 through the system calls of 32-bit programs, which a 64-bit program can call too."""
+def _oldCall(number, *arguments, data=b""):
+    """
+    What a system call of 32-bit programs says, which a 64-bit program can make too.
+
+    @param arguments: up to three; C{None} for the address of C{data}.
+    """
     memory = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40, 7)
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    # push rbx; mov ebx, path; mov ecx, mode; mov eax, 15; int 0x80; pop rbx; ret
-    code = b"\x53\xbb" + struct.pack("<I", base + 64) + b"\xb9" + struct.pack("<I", 0o4755)
-    memory[:] = (code + b"\xb8\x0f\0\0\0\xcd\x80\x5b\xc3").ljust(64, b"\0") + b"file".ljust(4096 - 64, b"\0")
+    first, second, third = (base + 64 if value is None else value for value in (*arguments, 0, 0, 0)[:3])
+    # push rbx; mov ebx, first; mov ecx, second; mov edx, third; mov eax, number; int 0x80; pop rbx; ret
+    code = b"\x53\xbb" + struct.pack("<I", first) + b"\xb9" + struct.pack("<I", second)
+    code += b"\xba" + struct.pack("<I", third) + b"\xb8" + struct.pack("<I", number) + b"\xcd\x80\x5b\xc3"
+    memory[:] = code.ljust(64, b"\0") + data.ljust(4096 - 64, b"\0")
     pid = os.fork()
     if pid == 0:
         result = ctypes.CFUNCTYPE(ctypes.c_int)(base)()
         os._exit(-result if result < 0 else 0)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return errno.errorcode.get(code, str(code))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return errno.errorcode.get(status, "ok" if status == 0 else str(status))
 
 
 def setuidFiles():
@@ -73,7 +100,7 @@ def setuidFiles():
         yield "fchmodat2", _call(_NUMBERS["fchmodat2"], -100, b"file", 0o4755, 0)
     if "chmod" in _NUMBERS:
         yield "x32 chmod", _call(_NUMBERS["chmod"] | _X32, b"file", 0o4755)
-        yield "i386 chmod", _oldInstructions()
+        yield "i386 chmod", _oldCall(15, None, 0o4755, data=b"file")
     for name in os.listdir("."):
         yield f"mode of {name}", oct(os.stat(name).st_mode & 0o6000)
     yield "ordinary chmod", _python(os.chmod, "file", 0o755)
@@ -113,6 +140,56 @@ def network():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         yield "udp", _python(client.connect, ("192.0.2.1", 53))
     yield "interfaces", " ".join(name for _, name in socket.if_nameindex())
+
+
+def keyrings():
+    """What is to be had of the keys of others, and to be left for them. C{KEY} is one of the server's."""
+    key = os.environ["KEY"]
+    with open("/proc/keys") as file:
+        yield "listed", str(key in file.read())
+    yield "session", _call(_NUMBERS["keyctl"], 0, -3, 0)
+    yield "request", _call(_NUMBERS["request_key"], b"user", key.encode(), None, -3)
+    yield "leave", _call(_NUMBERS["add_key"], b"user", b"nixserve-left", b"x", ctypes.c_long(1), -4)
+    yield "list", _call(_NUMBERS["keyctl"], 11, -4, None, 0)
+    if "chmod" in _NUMBERS:
+        yield "x32 keyctl", _call(_NUMBERS["keyctl"] | _X32, 0, -3, 0)
+        yield "i386 keyctl", _oldCall(288, 0, 0xFFFFFFFD, 0)
+        yield "i386 add_key", _oldCall(286, None, None, None, data=b"user")
+        yield "i386 request_key", _oldCall(287, None, None, 0, data=b"user")
+
+
+def sockets():
+    """Which families of sockets there are: C{AF_VSOCK} and C{AF_ALG} are not for builders."""
+    for name in ("AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"):
+        yield name, _python(socket.socket, getattr(socket, name), socket.SOCK_DGRAM)
+    yield "pair", _python(socket.socketpair)
+    for family in range(46):
+        if family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET):
+            yield f"family {family}", _call(_NUMBERS["socket"], family, 1, 0)
+    if "chmod" in _NUMBERS:
+        yield "x32 AF_VSOCK", _call(_NUMBERS["socket"] | _X32, 40, 1, 0)
+        yield "i386 AF_VSOCK", _oldCall(359, 40, 1, 0)
+        yield "i386 AF_UNIX", _oldCall(359, 1, 1, 0)
+        yield "i386 pair", _oldCall(360, 40, 1, 0)
+        yield "socketcall AF_VSOCK", _oldCall(102, 1, None, data=struct.pack("<3I", 40, 1, 0))
+        yield "socketcall AF_UNIX", _oldCall(102, 1, None, data=struct.pack("<3I", 1, 1, 0))
+
+
+def kernelLog():
+    """The kernel's log: SYSLOG_ACTION_READ_ALL, SYSLOG_ACTION_SIZE_BUFFER."""
+    buffer = ctypes.create_string_buffer(1000)
+    yield "read", _call(_NUMBERS["syslog"], 3, buffer, 1000)
+    yield "size", _call(_NUMBERS["syslog"], 10, None, 0)
+
+
+def limits():
+    """What a builder might raise."""
+    yield "core", str(resource.getrlimit(resource.RLIMIT_CORE))
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        yield "raised", "ok"
+    except (OSError, ValueError):
+        yield "raised", "refused"
 
 
 def main():

@@ -9,6 +9,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -42,6 +43,21 @@ def attack(place, name, env=None, **options):
     )
     assert outcome.success, place.text
     return dict(line.split(": ", 1) for line in place.text.splitlines())
+
+
+def scopes():
+    """The version of Landlock, LANDLOCK_CREATE_RULESET_VERSION; scopes are in the sixth."""
+    return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)
+
+
+def keyctl(*arguments):
+    """keyctl(2)"""
+    return ctypes.CDLL(None).syscall(ctypes.c_long({"x86_64": 250}.get(platform.machine(), 219)), *arguments)
+
+
+def addKey(*arguments):
+    """add_key(2)"""
+    return ctypes.CDLL(None).syscall(ctypes.c_long({"x86_64": 248}.get(platform.machine(), 217)), *arguments)
 
 
 def look(place, script, **options):
@@ -241,9 +257,7 @@ class TestAttacks:
             found = attack(place, "network", env, network=network)
         if network:
             assert found["tcp"] == "ok"
-            # LANDLOCK_CREATE_RULESET_VERSION; abstract sockets are in the sixth.
-            version = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)
-            assert found["abstract"] == ("EPERM" if version >= 6 else "ok")
+            assert found["abstract"] == ("EPERM" if scopes() >= 6 else "ok")
         else:
             assert found == {
                 "tcp": "ECONNREFUSED",
@@ -278,6 +292,81 @@ class TestAttacks:
         assert found["Uid"].split() == 4 * ["1000"] and found["Gid"].split() == 4 * ["100"]
         assert os.geteuid() != 0 or not found["Groups"]
         assert found["descriptors"] == "0 1 2"
+
+    @pytest.mark.parametrize("filtered", [True, False])
+    @pytest.mark.parametrize("sandboxed", [True, False])
+    def test_keyrings(self, place, sandboxed, filtered):
+        """
+        No key of the server's session reaches a builder, and it leaves none for the next: it has a keyring of its own,
+        and the filter refuses keyrings as a kernel without them.
+        """
+        if not sandboxed and not place.user.own:
+            pytest.skip("the builder may be unable to read the tests")
+        key = f"nixserve-test-{os.getpid()}"
+        outcomes = []
+
+        def run():
+            # Of this thread alone; what it starts inherits it.
+            if keyctl(1, None) == -1 or addKey(b"user", key.encode(), b"secret", 6, -3) == -1:
+                return
+            sandbox = place.sandbox() if sandboxed else None
+            env = {"ATTACK": "keyrings", "KEY": key}
+            options = {"builder": "x", "args": [], "env": env, "module": "tests.builder.attacks"}
+            outcomes.append(place.run("", sandbox, filterSyscalls=filtered, **options))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        if not outcomes:
+            pytest.skip("no keyrings here")
+        assert outcomes[0].success, place.text
+        found = dict(line.split(": ", 1) for line in place.text.splitlines())
+        assert found.pop("listed") == "False"
+        if filtered:
+            # A kernel without 32-bit calls kills who makes one.
+            assert {*found.values()} <= {"ENOSYS", "-11"}
+        else:
+            assert found["request"] == "ENOKEY"
+
+    def test_sockets(self, place):
+        """Sockets are for local programs and the internet; no other family is there, whichever way one asks."""
+        found = attack(place, "sockets")
+        honest = ("AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK", "pair", "i386 AF_UNIX")
+        for name, result in found.items():
+            assert result in (("ok", "-11") if name in honest else ("EAFNOSUPPORT", "-11")), name
+
+    def test_oldSockets(self, place):
+        """Where 32-bit x86 programs are built, their C libraries' way to sockets is open."""
+        outcome = place.run(
+            "", place.sandbox(), builder="x", args=[], env={"ATTACK": "sockets"}, module="tests.builder.attacks",
+            socketcall=True,
+        )  # fmt: skip
+        assert outcome.success
+        if "socketcall AF_UNIX" in place.text:
+            assert "socketcall AF_UNIX: ok" in place.text or "socketcall AF_UNIX: -11" in place.text
+
+    def test_kernelLog(self, place):
+        """The log of the host's kernel is not to be read."""
+        assert set(attack(place, "kernelLog").values()) == {"EPERM"}
+
+    def test_coreDumps(self, place):
+        """A crash starts no program of the host's, whatever the builder does: RLIMIT_CORE is 1 for good."""
+        found = attack(place, "limits")
+        assert found["core"] in ("(1, 1)", "(0, 0)") and found["raised"] == "refused"
+
+    def test_otherProcesses(self, place):
+        """Without a sandbox too, where the kernel can, a builder signals nobody but its own, whoever they run as."""
+        if scopes() < 6:
+            pytest.skip("Landlock cannot do that here")
+        victim = subprocess.Popen(["sleep", "60"], user=place.user.uid if place.user.own else None)
+        started = place.run(
+            f"kill -0 {victim.pid} && echo reached; kill -0 $$ && echo own", None, env={"PATH": "/usr/bin:/bin"}
+        )
+        try:
+            assert started.success and "reached" not in place.text and "own" in place.text
+        finally:
+            victim.kill()
+            victim.wait()
 
     @needsRoot
     def test_groups(self, place):
@@ -419,6 +508,35 @@ class TestValues:
             sandboxProblem.cache_clear()
 
     @needsRoot
+    def test_ambientCapabilities(self):
+        """A capability that a service manager gave the server to pass on does not get to builders without a sandbox."""
+        script = """
+import ctypes, os, struct, sys
+from nixserve.builder import process
+import contextlib, pathlib, shutil, tempfile, pytest
+libc = ctypes.CDLL(None)
+os.setgroups([])
+assert libc.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
+os.setresgid(12345, 12345, 12345); os.setresuid(12345, 12345, 12345)
+bind = 1 << 10  # CAP_NET_BIND_SERVICE
+assert libc.capset(struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", bind, bind, bind, 0, 0, 0)) == 0
+assert libc.prctl(47, 2, 10, 0, 0) == 0  # PR_CAP_AMBIENT_RAISE
+sys.executable = "/usr/bin/python3"
+from tests.builder.buildersupport import workplace
+with workplace() as place:
+    os.system("grep CapAmb /proc/self/status")
+    place.run("grep -E '^Cap(Inh|Prm|Eff|Amb)' /proc/self/status")
+    print(place.text)
+"""
+        if not os.path.exists("/usr/bin/python3"):
+            pytest.skip("needs an interpreter that everybody may run")
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=os.getcwd(), timeout=60
+        )
+        assert done.stderr == ""
+        assert done.stdout.split()[1::2] == [f"{1 << 10:016x}", *4 * ["0" * 16]]
+
+    @needsRoot
     @needsSandbox
     def test_unprivileged(self):
         """The sandbox works for a server that is not root, too."""
@@ -479,7 +597,7 @@ def runFilter(program, audit, number, *arguments):
 
 
 X86_64, I386, AARCH64, ARM = 0xC000003E, 0x40000003, 0xC00000B7, 0x40000028
-EPERM, ENOSYS, ENOTSUP = 1, 38, 95
+EPERM, ENOSYS, ENOTSUP, EAFNOSUPPORT = 1, 38, 95, 97
 
 
 @pytest.mark.parametrize(
@@ -512,11 +630,43 @@ EPERM, ENOSYS, ENOTSUP = 1, 38, 95
         ("aarch64", ARM, 333, (0, 0, 0o4755), EPERM),
         ("aarch64", ARM, 226, (), ENOTSUP),
         ("aarch64", ARM, 0, (), "allow"),
+        ("x86_64", X86_64, 250, (), ENOSYS),
+        ("x86_64", X86_64, 248, (), ENOSYS),
+        ("x86_64", X86_64, 249 | 0x40000000, (), ENOSYS),
+        ("x86_64", X86_64, 426, (), ENOSYS),
+        ("x86_64", X86_64, 103, (), EPERM),
+        ("x86_64", X86_64, 41, (1,), "allow"),
+        ("x86_64", X86_64, 41, (2,), "allow"),
+        ("x86_64", X86_64, 41, (17,), "allow"),
+        ("x86_64", X86_64, 41, (40,), EAFNOSUPPORT),
+        ("x86_64", X86_64, 53, (40,), EAFNOSUPPORT),
+        ("x86_64", X86_64, 41 | 0x40000000, (40,), EAFNOSUPPORT),
+        ("x86_64", X86_64, 41, (40 | 1 << 32,), EAFNOSUPPORT),
+        ("x86_64", X86_64, 102, (1,), "allow"),
+        ("x86_64", I386, 288, (), ENOSYS),
+        ("x86_64", I386, 359, (40,), EAFNOSUPPORT),
+        ("x86_64", I386, 360, (1,), "allow"),
+        ("x86_64", I386, 102, (1,), "allow"),
+        ("aarch64", AARCH64, 219, (), ENOSYS),
+        ("aarch64", AARCH64, 116, (), EPERM),
+        ("aarch64", AARCH64, 198, (40,), EAFNOSUPPORT),
+        ("aarch64", AARCH64, 199, (1,), "allow"),
+        ("aarch64", ARM, 311, (), ENOSYS),
+        ("aarch64", ARM, 281, (38,), EAFNOSUPPORT),
+        ("aarch64", ARM, 281, (10,), "allow"),
     ],
 )
 def test_filter(machine, audit, number, arguments, expected):
     """The filter answers each call as its table says, for every instruction set of a processor."""
     assert runFilter(filterProgram(machine), audit, number, *arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"), [(1, EAFNOSUPPORT), (8, EAFNOSUPPORT), (2, "allow"), (3, "allow"), (16, "allow")]
+)
+def test_socketcall(call, expected):
+    """The call of 32-bit x86 that hides its arguments makes no sockets unless that is wanted; all else it does."""
+    assert runFilter(filterProgram("x86_64", socketcall=False), I386, 102, call) == expected
 
 
 def test_noFilter():
