@@ -83,6 +83,7 @@ class Options(usage.Options):
         ["max-output-size", None, None, "bytes of an output of a build, 0 for no limit [0]"],
         ["cores", None, None, "processors that each build is told to use, 0 for all [0]"],
         ["sandbox", None, None, "confine builds: auto (where the machine can), on, or off [auto]"],
+        ["build-network", None, None, "what downloads get: the host's network, or their own by slirp4netns [host]"],
         ["system-features", None, None, "what builds may require of this machine, separated by commas [Nix's]"],
         ["fsync-metadata", None, None, "have what a session added in the database on disk at its end [nix.conf's]"],
         ["fsync-store-paths", None, None, "have the files of a path on disk before it is registered [nix.conf's]"],
@@ -254,6 +255,9 @@ class ServeService(Service):
             raise UsageError(f"builds cannot be confined, as --sandbox on demands: {problem}")
         if problem:
             self.log.warn("builds run without a sandbox, for trusted keys only: {problem}", problem=problem)
+        helper = settings.builds.networkHelper
+        if helper and not problem and (problem := sandboxProblem(helper)):
+            raise UsageError(f"builds cannot have a network of their own, as --build-network own demands: {problem}")
         builder = LocalBuilder(store, settings.builds)
         builds = Builds(store, builder, workers, self._reactor, settings.maxJobs, settings.extraJobs)
         builds.start()

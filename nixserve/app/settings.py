@@ -6,6 +6,7 @@ layer a small value of its own.
 from __future__ import annotations
 
 import os
+import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -188,12 +189,28 @@ def _buildSettings(options: Mapping[str, Any]) -> BuildSettings:
     if mode not in _SANDBOX_MODES:
         raise UsageError(f"the value of 'sandbox' is '{mode}'; it must be auto, on or off")
     numbers: dict[str, Any] = {field: _count(name, options.get(name), 0) for name, field in _BUILD_NUMBERS.items()}
-    settings = BuildSettings(sandbox=_SANDBOX_MODES[mode], **numbers)
+    settings = BuildSettings(
+        sandbox=_SANDBOX_MODES[mode],
+        networkHelper=_networkHelper(str(options.get("build-network", "host"))),
+        **numbers,
+    )
     features = options.get("system-features")
     if features is None:
         return settings
     words = features if isinstance(features, list) else str(features).replace(",", " ").split()
     return replace(settings, systemFeatures=frozenset(words))
+
+
+def _networkHelper(network: str) -> str:
+    """What C{build-network} says, as the path of a program."""
+    if network not in ("host", "own"):
+        raise UsageError(f"the value of 'build-network' is '{network}'; it must be host or own")
+    if network == "host":
+        return ""
+    helper = shutil.which("slirp4netns")
+    if helper is None:
+        raise UsageError("the value of 'build-network' is 'own', for which slirp4netns must be installed")
+    return helper
 
 
 #: Of the keys with numbers the fields of L{BuildSettings}.
@@ -204,6 +221,7 @@ _BUILD_NUMBERS = {
     "max-build-log-size": "maxBuildLogSize",
     "max-output-size": "maxOutputSize",
 }
+
 
 _SANDBOX_MODES = {"auto": SandboxMode.AUTO, "on": SandboxMode.ON, "off": SandboxMode.OFF}
 
@@ -222,7 +240,7 @@ def _count(name: str, value: Any, default: int) -> int:
 
 CONFIG_KEYS = (
     *("store", "state", "listen", "authorized-keys", "host-key", "default-rights", "socket"),
-    *("max-jobs", "extra-jobs", "sandbox", "system-features", *_BUILD_NUMBERS),
+    *("max-jobs", "extra-jobs", "sandbox", "build-network", "system-features", *_BUILD_NUMBERS),
     *("fsync-metadata", "fsync-store-paths", "sync-before-registering"),
 )
 

@@ -8,7 +8,8 @@ on standard input: the reader is the interpreter that wrote it, and importing C{
 Two processes::
 
     server ── supervisor (this program; outside all namespaces; keeps no end of the builder's terminal)
-                 └── builder (process 1 of a PID namespace in a sandbox; set up here, then exec)
+                 ├── builder (process 1 of a PID namespace in a sandbox; set up here, then exec)
+                 └── network helper, if there is one
 
 The supervisor and the server share a socket. The supervisor writes one line to it, C{exit N}, C{signal N} or
 C{error TEXT}; when the server shuts its side down, or dies, everything that the builder started is killed first. When
@@ -35,7 +36,8 @@ those of root.
     None for /dev/null); C{module}, a Python module to run instead of C{builder}, or nothing, and C{path}, where to
     import from; C{maxProcesses}; C{filter}, a seccomp program; C{personality}; and C{sandbox}, None or a dict of
     C{root}, C{writable} (directories below it), C{binds} (tuples of source, target below the root, and whether it may
-    be written), C{devices}, C{network}, C{shmSize}.
+    be written), C{devices}, C{network}, C{networkHelper} (slirp4netns, for a network of its own that reaches the
+    host's; empty for that of the host itself), C{shmSize}.
 """
 
 from __future__ import annotations
@@ -75,6 +77,10 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1
 _SIOCSIFFLAGS, _IFF_UP_RUNNING = 0x8914, 0x41
 _AF_INET, _SOCK_DGRAM = 2, 2
 _SIGKILL = 9
+# Not the host's 127.0.0.1. What comes from the network is read by a process without files and nearly without calls.
+_HELPER_OPTIONS = ("--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp")
+# What the builder says to the supervisor when it has its network namespace; anything else means its user namespace.
+_WANTS_NETWORK = b"n"
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "loongarch64": 41, "ppc64le": 203, "s390x": 217}
 _KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "loongarch64": 219, "ppc64le": 271, "s390x": 280}
 _MOUNT_SETATTR, _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 442, 444, 446
@@ -145,8 +151,12 @@ def supervise(job: Job) -> str:
     _leaveKeyrings()
     if job["ownUid"]:
         killUser(job["uid"])
+    network = None
     if sandboxed:
         _becomeNamespaceRoot(job)
+        if job["sandbox"]["networkHelper"]:
+            # Before the next namespace, which would be its own as well, and the builder's company.
+            network = _Network(job)
         _unshare(_CLONE_NEWPID, "a PID namespace")
     else:
         _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "becoming a reaper")
@@ -159,8 +169,11 @@ def supervise(job: Job) -> str:
         _runBuilder(job, mayMap, awaitMap)
     for fd in (mayMap, awaitMap, job["terminal"]):
         os.close(fd)
-    _watch(job, pid, askToMap, isMapped)
-    return _end(job, pid)
+    _watch(job, pid, network, askToMap, isMapped)
+    outcome = _end(job, pid)
+    if network is not None:
+        network.end()
+    return outcome
 
 
 def _leaveKeyrings() -> None:
@@ -202,7 +215,55 @@ def _writeMaps(process: int | str, uids: str, gids: str) -> None:
             os.close(fd)
 
 
-def _watch(job: Job, pid: int, askToMap: int, isMapped: int) -> None:
+class _Network:
+    """
+    The process between a builder's network namespace and that of the host. It ends when C{_alive} is closed, and is
+    killed when the supervisor is.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Start it; it waits for L{connect}."""
+        awaitPid, self._tell = os.pipe()
+        self._ready, sayReady = os.pipe()
+        mustEnd, self._alive = os.pipe()
+        self._pid = os.fork()
+        if self._pid:
+            for fd in (awaitPid, sayReady, mustEnd):
+                os.close(fd)
+            return
+        try:
+            # Of the supervisor's; whoever watches them waits for their end.
+            for fd in (self._tell, self._alive, self._ready, job["control"], job["terminal"]):
+                os.close(fd)
+            _check(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "asking to die with the supervisor")
+            if pid := os.read(awaitPid, 20).decode():
+                for fd in (sayReady, mustEnd):
+                    os.set_inheritable(fd, True)
+                helper = job["sandbox"]["networkHelper"]
+                fds = (f"--ready-fd={sayReady}", f"--exit-fd={mustEnd}")
+                os.execv(helper, [helper, *_HELPER_OPTIONS, *fds, pid, "tap0"])
+        finally:
+            os._exit(1)
+
+    def connect(self, pid: int, control: int) -> bool:
+        """
+        Connect the namespace of a process. Blocks until that has been done, or somebody has something on C{control}.
+
+        @return: whether it has been done.
+        """
+        os.write(self._tell, str(pid).encode())
+        poll = select.poll()
+        for fd in (self._ready, control):
+            poll.register(fd, select.POLLIN)
+        return self._ready in [fd for fd, _ in poll.poll()] and bool(os.read(self._ready, 1))
+
+    def end(self) -> None:
+        """Kill and reap it."""
+        os.kill(self._pid, _SIGKILL)
+        os.waitpid(self._pid, 0)
+
+
+def _watch(job: Job, pid: int, network: _Network | None, askToMap: int, isMapped: int) -> None:
     """
     Return when the server is no longer interested or, in a sandbox, when the builder has ended: what it leaves behind
     dies with it there, while elsewhere the build goes on for as long as somebody has the terminal.
@@ -215,8 +276,12 @@ def _watch(job: Job, pid: int, askToMap: int, isMapped: int) -> None:
     while True:
         for fd, _events in poll.poll():
             if fd == askToMap:
+                request = os.read(askToMap, 1)
+                if request == _WANTS_NETWORK and network is not None:
+                    os.write(isMapped, b"x" if network.connect(pid, control) else b"-")
+                    continue
                 poll.unregister(askToMap)
-                if os.read(askToMap, 1):
+                if request:
                     maps = (f"{SANDBOX_UID} {job['uid']} 1", f"{SANDBOX_GID} {job['gid']} 1")
                     _writeMaps(pid, *maps)
                     os.write(isMapped, b"x")
@@ -363,6 +428,12 @@ def _setUp(job: Job, mayMap: int, awaitMap: int) -> None:
     sandbox = job["sandbox"]
     if sandbox is not None:
         _enterSandbox(sandbox)
+        if sandbox["networkHelper"]:
+            os.write(mayMap, _WANTS_NETWORK)
+            if os.read(awaitMap, 1) != b"x":
+                raise SetupFailed(
+                    f"'{sandbox['networkHelper']}' does not connect the build to the network; it needs /dev/net/tun"
+                )
     _limit(job)
     if job["dropGroups"]:
         os.setgroups([])
@@ -468,7 +539,8 @@ def _enterSandbox(sandbox: Job) -> None:
     if machine not in _PIVOT_ROOT:
         raise SetupFailed(f"there is no sandbox for machines of type {machine}")
     flags = _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_NEWCGROUP
-    _unshare(flags | (0 if sandbox["network"] else _CLONE_NEWNET), "namespaces")
+    ofHost = sandbox["network"] and not sandbox["networkHelper"]
+    _unshare(flags | (0 if ofHost else _CLONE_NEWNET), "namespaces")
     root = sandbox["root"]
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     for path in ("", *sandbox["writable"]):
@@ -490,7 +562,7 @@ def _enterSandbox(sandbox: Job) -> None:
     os.chdir("/")
     _check(_libc.sethostname(b"localhost", 9), "setting the host name")
     _check(_libc.setdomainname(b"(none)", 6), "setting the domain name")
-    if not sandbox["network"]:
+    if not ofHost:
         _raiseLoopback()
 
 
@@ -524,7 +596,7 @@ def _makeDevice(source: str, target: str) -> None:
 
 
 def _raiseLoopback() -> None:
-    """Switch on lo, the only network device there is; 127.0.0.1 and ::1 come by themselves."""
+    """Switch on lo, so far the only network device there is; 127.0.0.1 and ::1 come by themselves."""
     fd = _check(_libc.socket(_AF_INET, _SOCK_DGRAM, 0), "opening a socket")
     fcntl.ioctl(fd, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP_RUNNING))
     os.close(fd)

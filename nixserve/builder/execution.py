@@ -140,6 +140,7 @@ class Execution:
             inputs=[(layout.realPath(path), str(path)) for path in sorted(shown)],
             paths=self._hostPaths(),
             network=build.hasNetwork,
+            networkHelper=self._settings.networkHelper,
             kvm="kvm" in build.drvOptions.requiredSystemFeatures,
             caBundle=self._settings.caBundle,
         )

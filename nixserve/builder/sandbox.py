@@ -46,6 +46,8 @@ nogroup:x:65534:
 _HOSTS = """127.0.0.1 localhost
 ::1 localhost
 """
+# Of slirp4netns.
+_HELPER_RESOLVER = "10.0.2.3"
 _NSSWITCH = """hosts: files dns
 services: files
 """
@@ -85,6 +87,8 @@ class Sandbox:
     @ivar inputs: the paths of the input closure: where each is, and its logical path. Not the outputs.
     @ivar paths: further paths of the host.
     @ivar network: leave the builder in the network of the host, for types of derivations whose outputs are checked.
+    @ivar networkHelper: with C{network}, the path of slirp4netns: the builder gets a network of its own, from which the
+        helper reaches that of the host, but not its 127.0.0.1.
     @ivar kvm: give it /dev/kvm.
     @ivar caBundle: with C{network}, the certificates shown at /etc/ssl/certs/ca-certificates.crt, unless empty.
     @ivar shmSize: of /dev/shm, as C{mount} takes it: Nix's setting sandbox-dev-shm-size.
@@ -96,6 +100,7 @@ class Sandbox:
     inputs: Sequence[tuple[str, str]] = ()
     paths: Sequence[SandboxPath] = ()
     network: bool = False
+    networkHelper: str = ""
     kvm: bool = False
     caBundle: str = ""
     shmSize: str = "50%"
@@ -155,6 +160,7 @@ class Sandbox:
             "binds": [*binds, (self.buildDir, BUILD_DIR, True)],
             "devices": [*_DEVICES, *(["kvm"] if self.kvm else [])],
             "network": self.network,
+            "networkHelper": self.networkHelper if self.network else "",
             "shmSize": self.shmSize,
         }
 
@@ -183,6 +189,8 @@ class Sandbox:
             self._makeDirectory(path, 0o755)
         files = {"passwd": _PASSWD, "group": _GROUP}
         files |= {"nsswitch.conf": _NSSWITCH} if self.network else {"hosts": _HOSTS}
+        if self.network and self.networkHelper:
+            files["resolv.conf"] = _helpersResolver()
         for name, text in files.items():
             with open(self.realPath(f"/etc/{name}"), "x") as file:
                 os.fchmod(file.fileno(), 0o644)
@@ -219,10 +227,21 @@ class Sandbox:
         """Those asked for, and those that come with the network."""
         if not self.network:
             return [*self.paths]
-        files = [SandboxPath(path, path, True) for path in ("/etc/resolv.conf", "/etc/services", "/etc/hosts")]
+        resolver = () if self.networkHelper else ("/etc/resolv.conf",)
+        files = [SandboxPath(path, path, True) for path in (*resolver, "/etc/services", "/etc/hosts")]
         if self.caBundle:
             files.append(SandboxPath("/etc/ssl/certs/ca-certificates.crt", self.caBundle, True))
         return [*self.paths, *files]
+
+
+def _helpersResolver() -> str:
+    """/etc/resolv.conf for a network with a helper: the host's, but for the address, where the helper asks for us."""
+    try:
+        with open("/etc/resolv.conf", encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.split()[:1] in (["search"], ["domain"], ["options"])]
+    except OSError:
+        lines = []
+    return "".join([f"nameserver {_HELPER_RESOLVER}\n", *lines])
 
 
 def parseSandboxPath(text: str) -> SandboxPath:
@@ -267,18 +286,24 @@ def _isStatic(path: str) -> bool:
     return bool(types) and _PT_INTERP not in types
 
 
-@functools.lru_cache(maxsize=1)
-def sandboxProblem() -> str:
+@functools.lru_cache(maxsize=2)
+def sandboxProblem(networkHelper: str = "") -> str:
     """
     Try to enter a sandbox. Costs some 30 ms the first time; the answer is kept.
 
+    @param networkHelper: try it with a network by way of this, see L{Sandbox}.
     @return: why that does not work on this machine, as a line for its operator; empty if it works.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="nixserve-probe-") as directory:
             buildDir = os.path.join(directory, "build")
             os.mkdir(buildDir)
-            sandbox = Sandbox(os.path.join(directory, "probe.chroot"), buildDir)
+            sandbox = Sandbox(
+                os.path.join(directory, "probe.chroot"),
+                buildDir,
+                network=bool(networkHelper),
+                networkHelper=networkHelper,
+            )
             caller = BuildUser(os.geteuid(), os.getegid(), False)
             sandbox.prepare(caller)
             return _probe(sandbox, caller)

@@ -63,6 +63,8 @@ class BuildSettings:
     @ivar sandboxPaths: what every sandbox shows of the host; by default a static C{/bin/sh} if one is installed.
     @ivar buildDir: where build directories are made; empty for C{STATE/builds} of the store.
     @ivar impureEnv: variables that fixed-output derivations may ask for with C{impureEnvVars}.
+    @ivar networkHelper: the path of slirp4netns, by way of which builds with network reach that of the host from one of
+        their own, in a sandbox; empty to leave them in that of the host.
     @ivar caBundle: a file of certificates for builds with network.
     @ivar keepLogs: write logs to the store's log directory.
     @ivar timeout: seconds that a build may take at most, until its outputs are registered, whatever its client allows;
@@ -79,6 +81,7 @@ class BuildSettings:
     sandboxPaths: tuple[SandboxPath, ...] = field(default_factory=_defaultSandboxPaths)
     buildDir: str = ""
     impureEnv: Mapping[str, str] = field(default_factory=dict)
+    networkHelper: str = ""
     caBundle: str = "/etc/ssl/certs/ca-certificates.crt"
     keepLogs: bool = True
     timeout: int = 0

@@ -84,6 +84,15 @@ class TestBuilding:
         assert settings.extraJobs == 0
         assert parse(tmp_path, config="").extraJobs == 1
 
+    def test_buildNetwork(self, tmp_path, monkeypatch):
+        """Downloads get the network of the host, or their own, for which a program must be there."""
+        assert parse(tmp_path, "--build-network", "host").builds == BuildSettings()
+        monkeypatch.setattr("shutil.which", {"slirp4netns": "/usr/bin/slirp4netns"}.get)
+        assert parse(tmp_path, config="build-network = 'own'").builds.networkHelper == "/usr/bin/slirp4netns"
+        monkeypatch.setattr("shutil.which", {}.get)
+        with pytest.raises(usage.UsageError, match="for which slirp4netns must be installed"):
+            parse(tmp_path, "--build-network", "own")
+
     @pytest.mark.parametrize(
         ("config", "features"),
         [
@@ -110,6 +119,7 @@ class TestBuilding:
             (["--max-jobs", "many"], "the value of 'max-jobs' is 'many'; it must be a number, 0 or more"),
             (["--max-jobs", "-1"], "the value of 'max-jobs' is '-1'"),
             (["--cores", "1.5"], "the value of 'cores' is '1.5'"),
+            (["--build-network", "no"], "the value of 'build-network' is 'no'; it must be host or own"),
             (["--sandbox", "maybe"], "the value of 'sandbox' is 'maybe'; it must be auto, on or off"),
         ],
     )
@@ -162,6 +172,16 @@ class TestStartBuilds:
         with pytest.raises(UsageError) as caught:
             self.start(tmp_path, sandbox="on")
         assert str(caught.value) == "builds cannot be confined, as --sandbox on demands: no namespaces"
+
+    def test_noNetwork(self, tmp_path, monkeypatch):
+        """Nor does it start if builds are to have a network of their own, and cannot."""
+        monkeypatch.setattr(servicemodule, "sandboxProblem", lambda helper="": helper and "no /dev/net/tun")
+        monkeypatch.setattr("shutil.which", {"slirp4netns": "/usr/bin/slirp4netns"}.get)
+        with pytest.raises(UsageError) as caught:
+            self.start(tmp_path, **{"build-network": "own"})
+        assert str(caught.value) == (
+            "builds cannot have a network of their own, as --build-network own demands: no /dev/net/tun"
+        )
 
     @pytest.mark.parametrize("mode", ["auto", "off"])
     def test_sandboxNotOn(self, tmp_path, monkeypatch, mode):

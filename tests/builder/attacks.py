@@ -139,7 +139,26 @@ def network():
         yield "abstract", _python(client.connect, "\0" + os.environ["ABSTRACT"])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         yield "udp", _python(client.connect, ("192.0.2.1", 53))
+    if "ADDRESS" in os.environ:
+        with socket.socket() as client:
+            yield "outside", _python(client.connect, (os.environ["ADDRESS"], int(os.environ["PORT"])))
+        with socket.socket() as client:
+            # Where slirp4netns has the 127.0.0.1 of the host, if it may.
+            yield "gateway", _python(client.connect, ("10.0.2.2", int(os.environ["PORT"])))
     yield "interfaces", " ".join(name for _, name in socket.if_nameindex())
+
+
+def listener():
+    """An abstract socket for somebody to connect to, who gets a descriptor that C{OUTPUT} can be changed with."""
+    out = os.open(os.environ["OUTPUT"], os.O_RDWR | os.O_CREAT, 0o644)
+    os.write(out, b"good")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("\0" + os.environ["ABSTRACT"])
+        server.listen()
+        print("listening: here", flush=True)
+        client, _ = server.accept()
+        socket.send_fds(client, [b"x"], [out])
+        yield "handed", "over"
 
 
 def keyrings():
@@ -149,7 +168,8 @@ def keyrings():
         yield "listed", str(key in file.read())
     yield "session", _call(_NUMBERS["keyctl"], 0, -3, 0)
     yield "request", _call(_NUMBERS["request_key"], b"user", key.encode(), None, -3)
-    yield "leave", _call(_NUMBERS["add_key"], b"user", b"nixserve-left", b"x", ctypes.c_long(1), -4)
+    if "LEAVE" in os.environ:
+        yield "leave", _call(_NUMBERS["add_key"], b"user", b"nixserve-left", b"x", ctypes.c_long(1), -4)
     yield "list", _call(_NUMBERS["keyctl"], 11, -4, None, 0)
     if "chmod" in _NUMBERS:
         yield "x32 keyctl", _call(_NUMBERS["keyctl"] | _X32, 0, -3, 0)

@@ -503,6 +503,46 @@ def test_fixedOutputFailure(building):
     )
 
 
+def test_ownNetwork(diverted, sandbox):
+    """Only builds that may use the network have one, and their own where the settings say so."""
+    helper = shutil.which("slirp4netns")
+    if not helper or sandboxProblem(helper):
+        pytest.skip("needs slirp4netns")
+    building = Building(diverted, networkHelper=helper)
+    script = "cut -sd: -f1 /proc/net/dev; printf hello > $out"
+    assert building.script(script, output=fixed(diverted, b"hello")).status == BuildStatus.BUILT
+    assert sorted(building.log.split()) == [b"lo", b"tap0"]
+    assert building.script(script).status == BuildStatus.BUILT
+    assert building.log.split() == [b"lo"]
+
+
+def test_copyIsOutOfReach(free, monkeypatch):
+    """Without a sandbox too, outputs are copied to where no builder could put anything, and nothing stays there."""
+    drv = derivation(free.store, "echo hello > $out")
+    chroot = f"{free.store.layout.realPath(drvPathOf(drv, free.store.storeDir))}.chroot"
+    build, register = execution.runBuilder, execution.registerOutputs
+    seen = []
+
+    def buildAndPlant(*arguments):
+        outcome = build(*arguments)
+        os.mkdir(chroot)
+        os.chmod(chroot, 0o777)
+        os.symlink("/etc/passwd", f"{chroot}/{drv.outputs['out'].path.baseName}")
+        return outcome
+
+    def lookAndRegister(*arguments):
+        status = os.lstat(chroot)
+        seen.append((os.listdir(chroot), stat.S_IMODE(status.st_mode), status.st_uid))
+        return register(*arguments)
+
+    monkeypatch.setattr(execution, "runBuilder", buildAndPlant)
+    monkeypatch.setattr(execution, "registerOutputs", lookAndRegister)
+    assert free.build(drv).status == BuildStatus.BUILT
+    assert seen == [([], 0o700, os.geteuid())]
+    assert free.read(drv.outputs["out"].path) == b"hello\n"
+    assert leftovers(free.store) == []
+
+
 def test_fullDisk(building, monkeypatch):
     """With nearly nothing free, the disk may be to blame."""
     free = os.statvfs("/")

@@ -1,5 +1,6 @@
 """The sandbox: what a builder sees, and what a hostile one does not get at."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -15,10 +16,11 @@ import time
 import pytest
 
 from nixserve.builder import sandbox as sandboxModule
-from nixserve.builder.process import Ending, Limits
+from nixserve.builder.process import CancelToken, Ending, Limits
 from nixserve.builder.sandbox import SandboxPath, findShell, parseSandboxPath, sandboxProblem
 from nixserve.builder.seccomp import filterProgram
 from nixserve.errors import BuildError, FormatError
+from nixserve.store.copying import TreeCopier
 from tests.builder.buildersupport import OUT, needsSandbox, processesOf, workplace
 
 needsRoot = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -171,6 +173,130 @@ class TestView:
         assert place.text == "{'a': 'b'} given /build 1\n"
 
 
+def ownAddress():
+    """An address of this machine that is not of its loopback device."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        try:
+            client.connect(("192.0.2.1", 53))
+        except OSError:
+            pytest.skip("no way out of this machine")
+        return client.getsockname()[0]
+
+
+@pytest.fixture
+def helper(tmp_path):
+    """slirp4netns, under a name that nobody else uses."""
+    found = shutil.which("slirp4netns")
+    if not found or sandboxProblem(found):
+        pytest.skip(f"needs slirp4netns; {found and sandboxProblem(found)}")
+    path = tmp_path / "helper"
+    path.symlink_to(found)
+    return str(path)
+
+
+def running(path):
+    """Whether a program runs."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline") as file:
+            if file.read().startswith(path):
+                return True
+    return False
+
+
+class Listening:
+    """A builder with network that listens on an abstract socket, for as long as this is a context."""
+
+    def __init__(self, place, **options):
+        self.name = f"nixserve-test-{os.getpid()}"
+        self.sandbox = place.sandbox(network=True, **options)
+        self._cancel = CancelToken()
+        self._listens = threading.Event()
+        env = {"ATTACK": "listener", "ABSTRACT": self.name, "OUTPUT": OUT}
+        options = {"builder": "x", "args": [], "env": env, "module": "tests.builder.attacks"}
+        self._thread = threading.Thread(
+            target=place.run, args=("", self.sandbox, self._cancel, self._log), kwargs=options
+        )
+
+    def _log(self, lines):
+        if b"listening" in lines:
+            self._listens.set()
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._listens.wait(30)
+        return self
+
+    def __exit__(self, *_):
+        self._cancel.cancel()
+        self._thread.join()
+
+
+@needsSandbox
+class TestOwnNetwork:
+    """What a builder with network has where the host has slirp4netns."""
+
+    def test_reaches(self, place, helper):
+        """It reaches what the host reaches, but not the host's 127.0.0.1 and abstract sockets."""
+        name = f"nixserve-test-{os.getpid()}"
+        address = ownAddress()
+        with socket.create_server(("0.0.0.0", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+            abstract.bind("\0" + name)
+            abstract.listen()
+            env = {"PORT": str(server.getsockname()[1]), "ABSTRACT": name, "ADDRESS": address}
+            found = attack(place, "network", env, network=True, networkHelper=helper)
+        assert found["outside"] == "ok" and found["interfaces"] == "lo tap0"
+        assert found["tcp"] == "ECONNREFUSED" and found["gateway"] != "ok"
+        # EPERM: of Landlock, where it is first.
+        assert found["abstract"] in ("ECONNREFUSED", "EPERM")
+
+    def test_abstractSockets(self, place, helper):
+        """No local user reaches an abstract socket that the builder listens on."""
+        with (
+            Listening(place, networkHelper=helper) as builder,
+            socket.socket(socket.AF_UNIX) as client,
+            pytest.raises(ConnectionRefusedError),
+        ):
+            client.connect("\0" + builder.name)
+
+    def test_resolver(self, place, helper):
+        """Names are asked for where the helper listens, with the host's other settings."""
+        words = look(place, "cat /etc/resolv.conf; ls /etc", network=True, networkHelper=helper)
+        assert words[:2] == ["nameserver", "10.0.2.3"] and words.count("nameserver") == 1
+        assert "nsswitch.conf" in words
+
+    def test_ends(self, place, helper):
+        """The helper does not outlive the build, however that ends; a builder without network has none."""
+        assert look(place, "ls /sys 2>/dev/null; echo done", networkHelper=helper) == ["done"]
+        assert place.run("echo", place.sandbox(network=True, networkHelper=helper)).success
+        assert not running(helper)
+        limits = Limits(timeout=1)
+        outcome = place.run("sleep 60", place.sandbox(network=True, networkHelper=helper), limits=limits)
+        assert outcome.ending is Ending.TIMEOUT
+        assert not running(helper)
+
+    def test_notOfTheBuilders(self, place, helper):
+        """The builder does not see the process of the helper."""
+        script = "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; done; ls -d /proc/[0-9]* | wc -l"
+        words = look(place, script, network=True, networkHelper=helper)
+        assert helper not in words and int(words[-1]) <= 3
+
+    def test_fails(self, place):
+        """Without a connection there is no build: the network of the host is no substitute."""
+        with pytest.raises(BuildError, match="'/bin/false' does not connect the build to the network"):
+            place.run("echo built", place.sandbox(network=True, networkHelper="/bin/false"))
+        assert "built" not in place.text
+
+    def test_hangs(self, place, tmp_path):
+        """A helper that says nothing keeps nobody from stopping the build."""
+        hanging = tmp_path / "hanging"
+        hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+        hanging.chmod(0o755)
+        started = time.monotonic()
+        outcome = place.run("echo", place.sandbox(network=True, networkHelper=str(hanging)), limits=Limits(timeout=1))
+        assert outcome.ending is Ending.TIMEOUT
+        assert time.monotonic() - started < 8
+
+
 @needsSandbox
 class TestAttacks:
     """What a hostile builder tries."""
@@ -266,6 +392,25 @@ class TestAttacks:
                 "interfaces": "lo",
             }
 
+    def test_handedOver(self, place):
+        """
+        A builder that has the network of the host can hand its output to a local user, for writing, and the service
+        does not keep it from that. What is copied afterwards no longer follows (L{test_outputs}).
+        """
+        with Listening(place) as builder, socket.socket(socket.AF_UNIX) as client:
+            client.connect("\0" + builder.name)
+            _, (fd,), _, _ = socket.recv_fds(client, 1, 1)
+        try:
+            source, target = builder.sandbox.realPath(OUT), f"{place.directory}/copy"
+            copier = TreeCopier(range(place.user.uid, place.user.uid + 1), lambda: None)
+            copier.copy(source, target)
+            assert os.pwrite(fd, b"evil", 0) == 4
+        finally:
+            os.close(fd)
+        for path, expected in ((source, "evil"), (target, "good")):
+            with open(path) as file:
+                assert file.read() == expected
+
     def test_setuidFiles(self, place):
         """No call makes a file setuid or setgid, through whichever door of the kernel; ordinary modes work."""
         found = attack(place, "setuidFiles")
@@ -310,7 +455,7 @@ class TestAttacks:
             if keyctl(1, None) == -1 or addKey(b"user", key.encode(), b"secret", 6, -3) == -1:
                 return
             sandbox = place.sandbox() if sandboxed else None
-            env = {"ATTACK": "keyrings", "KEY": key}
+            env = {"ATTACK": "keyrings", "KEY": key, **({"LEAVE": ""} if filtered else {})}
             options = {"builder": "x", "args": [], "env": env, "module": "tests.builder.attacks"}
             outcomes.append(place.run("", sandbox, filterSyscalls=filtered, **options))
 
