@@ -10,8 +10,9 @@ src/libstore/local-store.cc: addToStore; export-import.cc):
   4. the NAR is restored under a name of its own, in canonical form, hashed as it passes;
   5. hash, size and content address are compared;
   6. path lock; 7. valid now?
-  8. what lies at the path is removed: it is nobody's, since the path is not valid and the lock is ours; the object gets
-     its name, and for a derivation its outputs are checked; what the settings want on the disk is written out;
+  8. what lies at the path is removed: it is nobody's, since the path is not valid and the lock is ours
+     (L{nixserve.store.pathlocks} has the exception); the object gets its name, and for a derivation its outputs are
+     checked; what the settings want on the disk is written out;
   9. one transaction makes it valid; 10. unlock.
 
 Nix takes the lock before it restores. Its sender is as a rule a person with an own process; ours is anybody, who may
@@ -27,9 +28,9 @@ all, is made once for all of them. Nobody waits for a lock meanwhile: the first 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from nixserve.codec import base32
@@ -52,7 +53,7 @@ from nixserve.store.contents import (
 from nixserve.store.files import deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.opening import fileSystemErrors
-from nixserve.store.pathlocks import PathLocks
+from nixserve.store.pathlocks import PathLocks, moveInto, vacate
 from nixserve.store.restoring import PathRestorer, restoreNar
 from nixserve.store.roots import TempRoots
 from nixserve.store.uploads import Uploads, UploadWait
@@ -66,39 +67,6 @@ needs some for every session; more would not make the transaction cheaper by a h
 
 #: The name of what is on its way. A random hash part stands before it.
 _SCRATCH_NAME: Final = "nixserve-import"
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """
-    Where an object is restored. To be left with one of the methods.
-
-    @ivar path: physical.
-    @ivar lock: of this path.
-    """
-
-    path: str
-    lock: PathLocks
-
-    def clear(self) -> None:
-        """The object is not wanted. If it cannot be removed it is in nobody's way: a collector will."""
-        try:
-            deletePath(self.path)
-        except StoreError:
-            self.lock.abandon()
-        else:
-            self.lock.unlock()
-
-    def rename(self, target: str) -> None:
-        """
-        Give the object its name. Directories of mode 0555 can be renamed by their owner as long as they stay in the
-        same directory; only a new C{..} would have to be written into them.
-
-        @raise StoreError: the file system refuses.
-        """
-        with fileSystemErrors(f"cannot rename '{self.path}'"):
-            os.rename(self.path, target)
-        self.lock.unlock()
 
 
 class Adder:
@@ -123,8 +91,9 @@ class Adder:
         self._memo: DerivationMemo = {}
         hashPart = base32.encode(os.urandom(20))
         self._scratch = StorePath(f"{layout.storeDir.path}/{hashPart}-{_SCRATCH_NAME}")
-        self._places = 0
         self._courtesy = UploadWait(uploads)
+        self._places: dict[str, PathLocks] = {}
+        self._numbers = itertools.count(1)
 
     def addToStore(self, info: ValidPathInfo) -> PathWriter:
         """
@@ -141,9 +110,9 @@ class Adder:
         self._courtesy.wait(info.path)
         place = self._takePlace()
         try:
-            writer = LocalPathWriter(self, info, place, PathRestorer(place.path, info.narSize))
+            writer = LocalPathWriter(self, info, place, PathRestorer(place, info.narSize))
         except BaseException:
-            place.lock.abandon()
+            self.giveBack(place)
             raise
         self.unfinished.add(writer)
         self.uploads.begin(info.path, writer)
@@ -240,8 +209,7 @@ class Adder:
         for missing in sorted(info.references.difference(valid, [info.path])):
             raise InvalidPath(missing)
         real = self.layout.realPath(info.path)
-        if os.path.lexists(real):
-            deletePath(real)
+        vacate(real)
         restoreNar(real, nar)
         return derivationOutputs(info.path, self._lookup, self.layout.storeDir, self._memo)
 
@@ -253,28 +221,61 @@ class Adder:
         """
         place = self._takePlace()
         try:
-            writer = LocalImportWriter(self, place, PathRestorer(place.path))
+            writer = LocalImportWriter(self, place, PathRestorer(place))
         except BaseException:
-            place.lock.abandon()
+            self.giveBack(place)
             raise
         self.unfinished.add(writer)
         return writer
 
-    def _takePlace(self) -> _Place:
+    def _takePlace(self) -> str:
         """
-        Where an object is restored before it gets its path.
+        Where an object is restored before it gets its path; to be given back with L{giveBack}.
 
-        Its place bears the name of an object, one that is not valid and has a temporary root. Any other name in the
-        store directory, C{tmp-…} too, is junk for a collector, which some versions remove at once. Nobody can guess it,
-        but whoever has an account here can read it and add an object of that name: therefore it is locked.
-
+        @return: the physical path. Nothing is there.
         @raise Busy: a collector is at work.
         """
         # Roots count by hash part, so one does for the whole session.
         self.roots.addTempRoots([self._scratch])
-        self._places += 1
-        path = self.layout.realPath(StorePath(f"{self._scratch}-{self._places}"))
-        return _Place(path, PathLocks([path]))
+        path = StorePath(f"{self._scratch}-{next(self._numbers)}")
+        place = self.layout.realPath(path)
+        self._places[place] = self._lockPlaces([path])
+        return place
+
+    def giveBack(self, place: str) -> None:
+        """Nothing is at a place of L{_takePlace} any more."""
+        self._places.pop(place).unlock()
+
+    def close(self) -> None:
+        """Let go of the places that could not be given back. All writers have ended. Safe to call twice."""
+        while self._places:
+            self._places.popitem()[1].abandon()
+
+    def lockScratch(self, paths: Collection[StorePath]) -> PathLocks:
+        """
+        Reserve places in the store directory for what is no object, or none yet.
+
+        They bear the names of objects, for any other name there, C{tmp-…} too, is junk for a collector, which some
+        versions remove at once. So they are treated as objects in the making are: not valid, locked, with a temporary
+        root; then nobody else has anything there.
+
+        @return: the locks, to be given back with C{unlock} when nothing of ours is there any more.
+        @raise Busy: a collector is at work, or somebody holds a lock; call again.
+        @raise StoreError: one is valid.
+        """
+        self.roots.addTempRoots(paths)
+        return self._lockPlaces(paths)
+
+    def _lockPlaces(self, paths: Collection[StorePath]) -> PathLocks:
+        """L{lockScratch} for paths that are roots."""
+        locks = PathLocks([self.layout.realPath(path) for path in paths])
+        try:
+            for valid in sorted(self._validPaths.queryValidPaths(paths)):
+                raise StoreError(f"cannot work at '{valid}', as it is a valid path")
+        except BaseException:
+            locks.unlock()
+            raise
+        return locks
 
     def lockInvalid(self, path: StorePath) -> PathLocks | None:
         """
@@ -291,7 +292,7 @@ class Adder:
             if self._validPaths.isAnyValid([path]):
                 lock.unlock()
                 return None
-            deletePath(self.layout.realPath(path))
+            vacate(self.layout.realPath(path))
         except BaseException:
             lock.abandon()
             raise
@@ -343,9 +344,9 @@ class _Writer:
     An object on its way. It holds no lock but that of the place where it is restored.
     """
 
-    def __init__(self, adder: Adder, place: _Place, restorer: PathRestorer) -> None:
+    def __init__(self, adder: Adder, place: str, restorer: PathRestorer) -> None:
         self._adder = adder
-        self._place: _Place | None = place
+        self._place: str | None = place
         self._restorer = restorer
         self._restored = False
         self._lock: PathLocks | None = None
@@ -360,8 +361,11 @@ class _Writer:
         self._adder.unfinished.discard(self)
         self._restorer.abort()
         if self._place is not None:
-            self._place.clear()
-            self._place = None
+            place, self._place = self._place, None
+            # It is in nobody's way: the next collector removes what is left.
+            with contextlib.suppress(StoreError):
+                deletePath(place)
+                self._adder.giveBack(place)
         if self._lock is not None:
             self._lock.abandon()
 
@@ -373,7 +377,7 @@ class _Writer:
         """
         assert self._place is not None, "it has not been named"
         self._restorer.finish()
-        return self._place.path
+        return self._place
 
     def _install(self, info: ValidPathInfo) -> None:
         """
@@ -384,13 +388,22 @@ class _Writer:
             if self._lock is None:
                 self.abort()
                 return
-            self._place.rename(self._adder.layout.realPath(info.path))
-            self._place = None
+            self._rename(self._place, self._adder.layout.realPath(info.path))
             self._adder.writeOut([info.path])
         assert self._lock is not None, "it has been taken before the object got its name"
         self._adder.register(info)
         self._adder.unfinished.discard(self)
         self._lock.unlock()
+
+    def _rename(self, place: str, target: str) -> None:
+        """
+        Give the object its name. Directories of mode 0555 can be renamed by their owner as long as they stay in the
+        same directory; only a new C{..} would have to be written into them.
+        """
+        with fileSystemErrors(f"cannot rename '{place}'"):
+            moveInto(place, target)
+        self._adder.giveBack(place)
+        self._place = None
 
 
 class LocalPathWriter(_Writer):
@@ -400,7 +413,7 @@ class LocalPathWriter(_Writer):
 
     alreadyValid = False
 
-    def __init__(self, adder: Adder, info: ValidPathInfo, place: _Place, restorer: PathRestorer) -> None:
+    def __init__(self, adder: Adder, info: ValidPathInfo, place: str, restorer: PathRestorer) -> None:
         super().__init__(adder, place, restorer)
         self._info = info
 

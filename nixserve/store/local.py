@@ -30,6 +30,7 @@ from nixserve.store.database import Database
 from nixserve.store.files import dumpPath
 from nixserve.store.layout import StoreDefaults, StoreLayout, parseStoreURI
 from nixserve.store.opening import RESERVED_SIZE, prepareDirectories
+from nixserve.store.pathlocks import PathLocks
 from nixserve.store.roots import TempRoots
 from nixserve.store.uploads import Uploads
 from nixserve.store.validpaths import ValidPaths
@@ -208,6 +209,15 @@ class LocalSession:
         self._requireWritable()
         self._adder.lockedForUs.update(paths)
 
+    def lockScratch(self, paths: Collection[StorePath]) -> PathLocks:
+        """
+        See L{Adder.lockScratch}.
+
+        @raise Busy: a collector is at work, or somebody holds a lock; call again.
+        """
+        self._requireWritable()
+        return self._adder.lockScratch(paths)
+
     def importPath(self) -> ImportWriter:
         """
         See L{nixserve.store.api.StoreSession.importPath}.
@@ -262,6 +272,7 @@ class LocalSession:
             if self._adder.registered:
                 stack.callback(self._validPaths.sync)
             stack.callback(self._roots.close)
+            stack.callback(self._adder.close)
             for writer in list(self._adder.unfinished):
                 stack.callback(writer.abort)
             for stream in list(self._streams):

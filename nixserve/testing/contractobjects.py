@@ -4,14 +4,15 @@ The contract of a store: which objects it takes, and which it refuses.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import outputPaths, parseDerivation
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.storepath import StoreDir
+from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, StoreError
-from nixserve.store.api import InvalidPath
+from nixserve.store.api import Busy, InvalidPath
 from nixserve.testing.contractbase import StoreCase
 from nixserve.testing.objects import Executable, addObject, makeInfo, makeNar
 
@@ -138,6 +139,64 @@ class ObjectContract(StoreCase):
         path = makeInfo("x", b"").path
         self.add("x", path=path, references=[path])
         self.assertTrue(self.isValid(path))
+
+    # --- names
+
+    def test_namedLikeALockFile(self) -> None:
+        """
+        An object may be called what a store calls the lock file of another path. Adding that other path, in whatever
+        way, leaves it as it is, however that ends.
+        """
+        for number, nar in enumerate((self.HELLO, makeNar(b""), makeNar("nowhere"), self.TREE, makeNar({}))):
+            info = makeInfo(f"Cargo-{number}", self.TREE)
+            lock = self.add(info.path.name, nar, path=StorePath(f"{info.path}.lock"))
+            with contextlib.suppress(NixServeError):
+                addObject(self.session, replace(info, narHash=hashBytes("sha256", b"")), self.TREE)
+            self._assertUnharmed(lock, nar)
+            with contextlib.suppress(NixServeError):
+                self.session.addSmallPaths([(info, self.TREE)])
+            self._assertUnharmed(lock, nar)
+            writer = self.session.importPath()
+            writer.feed(self.TREE)
+            with contextlib.suppress(NixServeError):
+                writer.finish(info.path, [], None)
+            self._assertUnharmed(lock, nar)
+            with contextlib.suppress(NixServeError):
+                addObject(self.session, info, self.TREE)
+            self._assertUnharmed(lock, nar)
+
+    def test_namedLikeALockFileInUse(self) -> None:
+        """
+        While a path is being added, an object called like its lock file has to wait, or comes first. What is valid in
+        the end is whole.
+        """
+        info = makeInfo("Cargo", self.TREE)
+        lock = makeInfo("Cargo", self.HELLO, path=StorePath(f"{info.path}.lock"))
+        writer = self.session.addToStore(info)
+        writer.feed(self.TREE[:200])
+        other = self.store.openSession()
+        self.addCleanup(other.close)
+        with contextlib.suppress(Busy):
+            addObject(other, lock, self.HELLO)
+        importer = other.importPath()
+        importer.feed(self.HELLO)
+        with contextlib.suppress(Busy):
+            importer.finish(lock.path, [], None)
+        with contextlib.suppress(NixServeError):
+            writer.feed(self.TREE[200:])
+            writer.finish()
+        last = self.store.openSession()
+        self.addCleanup(last.close)
+        addObject(last, lock, self.HELLO)
+        self._assertUnharmed(lock.path, self.HELLO)
+        if self.isValid(info.path):
+            self._assertUnharmed(info.path, self.TREE)
+
+    def _assertUnharmed(self, path: StorePath, nar: bytes) -> None:
+        session = self.store.openSession()
+        self.addCleanup(session.close)
+        self.assertEqual(session.queryValidPaths([path]), {path})
+        self.assertEqual(b"".join(session.narFromPath(path)), nar)
 
     # --- derivations
 

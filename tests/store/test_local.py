@@ -98,6 +98,7 @@ def test_importedDirectoryIsCanonical(store, layout):
     writer.finish(path, [], None)
     found = os.lstat(layout.realPath(path))
     assert (stat.S_IMODE(found.st_mode), found.st_mtime) == (0o555, 1)
+    session.close()
     assert set(os.listdir(layout.realStoreDir)) == {".links", path.baseName}
 
 
@@ -684,3 +685,136 @@ def test_lockedForUsFails(store, layout):
     taken.abandon()
     writer.finish()
     held.abandon()
+
+
+# --- names of ours in the store directory -----------------------------------------------------------------
+
+
+def under(info, suffix, nar=HELLO):
+    """An object called like another one, with something behind."""
+    return makeInfo("x", nar, path=StorePath(info.path + suffix))
+
+
+def adders(info, nar):
+    """The ways to add an object: functions of a session."""
+
+    def importIt(session):
+        writer = session.importPath()
+        writer.feed(nar)
+        try:
+            writer.finish(info.path, [], None)
+        except BaseException:
+            writer.abort()
+            raise
+
+    return [
+        lambda session: addObject(session, info, nar),
+        lambda session: session.addSmallPaths([(info, nar)]),
+        importIt,
+    ]
+
+
+def test_validPathInPlaceOfALockFile(store, layout):
+    """A path where a valid path lies in the place of its lock file is refused in one line, in whatever way it comes."""
+    session = store.openSession()
+    for number, nar in enumerate((HELLO, makeNar(b""), TREE, makeNar("nowhere"))):
+        info = makeInfo(f"Cargo-{number}", HELLO)
+        lock = under(info, ".lock", nar)
+        addObject(session, lock, nar)
+        before = os.lstat(layout.realPath(lock.path))
+        for add in adders(info, HELLO):
+            with pytest.raises(StoreError, match=r"^cannot lock '[^\n]*\.lock' is no lock file[^\n]*$") as caught:
+                add(session)
+            assert not isinstance(caught.value, Busy)
+        assert os.lstat(layout.realPath(lock.path)) == before
+        assert session.queryValidPaths([info.path, lock.path]) == {lock.path}
+
+
+def test_liveLockFileInPlaceOfAnObject(store, layout):
+    """While a path is being added, what is called like its lock file waits, and the lock is held all the time."""
+    info = makeInfo("Cargo", TREE)
+    lock = under(info, ".lock")
+    held = PathLocks([layout.realPath(info.path)])
+    inode = os.stat(layout.realPath(lock.path)).st_ino
+    for add in adders(lock, HELLO):
+        session = store.openSession()
+        with pytest.raises(Busy, match=r"the lock on '.*-Cargo'"):
+            add(session)
+        session.close()
+        assert os.stat(layout.realPath(lock.path)).st_ino == inode
+        with pytest.raises(Busy):
+            PathLocks([layout.realPath(info.path)])
+    held.unlock()
+    addObject(store.openSession(), info, TREE)
+    for add in adders(lock, HELLO):
+        add(store.openSession())
+    assert store.validPaths.queryValidPaths([info.path, lock.path]) == {info.path, lock.path}
+    assert not os.path.exists(layout.realPath(lock.path) + ".lock")
+
+
+def test_lockFileThatWasLeft(store, layout):
+    """The lock file of a failed attempt is in nobody's way, also not of an object called like it."""
+    info = makeInfo("Cargo", HELLO)
+    for number, nar in enumerate((HELLO, TREE, makeNar("nowhere"))):
+        for way in range(3):
+            lock = under(makeInfo(f"Cargo-{number}-{way}", HELLO), ".lock", nar)
+            with open(layout.realPath(lock.path), "x", opener=lambda *how: os.open(*how, 0o600)):
+                pass
+            adders(lock, nar)[way](store.openSession())
+            assert b"".join(store.openSession().narFromPath(lock.path)) == nar
+    with pytest.raises(StoreError):
+        addObject(store.openSession(), replace(info, narHash=hashBytes("sha256", b"")), HELLO)
+    addObject(store.openSession(), under(info, ".lock"), HELLO)
+
+
+def test_bothInOneBatch(store):
+    """An object and one called like its lock file come in one batch: what comes first is added."""
+    for first in (0, 1):
+        info = makeInfo(f"Cargo-{first}", HELLO)
+        pair = [(info, HELLO), (under(info, ".lock"), HELLO)]
+        batch = [pair[first], pair[1 - first]]
+        session = store.openSession()
+        added = session.addSmallPaths(batch)
+        if added < 2 and first == 0:
+            assert session.addSmallPaths(batch[added:]) == 1
+        elif added < 2:
+            with pytest.raises(StoreError, match="is no lock file"):
+                session.addSmallPaths(batch[added:])
+        assert batch[0][0].path in session.queryValidPaths([info.path for info, _ in batch])
+
+
+def test_foreignSandbox(store, layout):
+    """The sandbox of a build of real Nix is not removed for an object that is called so."""
+    lock = under(makeInfo("x.drv", HELLO), ".chroot")
+    os.mkdir(layout.realPath(lock.path), 0o700)
+    for add in adders(lock, HELLO):
+        with pytest.raises(StoreError, match="there is the sandbox of a build"):
+            add(store.openSession())
+    assert os.path.isdir(layout.realPath(lock.path))
+
+
+def test_importIsLocked(store, layout):
+    """Where an import is restored nobody else adds an object, and nothing valid is removed."""
+    session = store.openSession()
+    writer = session.importPath()
+    writer.feed(HELLO[:100])
+    (place,) = [name for name in os.listdir(layout.realStoreDir) if name.endswith("-1")]
+    squatter = makeInfo("x", TREE, path=StoreDir().parseBaseName(place))
+    other = store.openSession()
+    for add in adders(squatter, TREE):
+        with pytest.raises(Busy):
+            add(other)
+    other.close()
+    writer.feed(HELLO[100:])
+    imported = makeInfo("imported", HELLO).path
+    writer.finish(imported, [], None)
+    assert b"".join(session.narFromPath(imported)) == HELLO
+    writer = session.importPath()
+    following = StoreDir().parseBaseName(place[:-1] + "3")
+    addObject(store.openSession(), makeInfo("x", TREE, path=following), TREE)
+    with pytest.raises(StoreError, match="is a valid path"):
+        session.importPath()
+    assert b"".join(store.openSession().narFromPath(following)) == TREE
+    writer.feed(HELLO)
+    session.close()
+    assert not [name for name in os.listdir(layout.realStoreDir) if ".lock" in name or name == place]
