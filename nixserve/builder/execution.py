@@ -5,6 +5,7 @@ One build from its first directory to its result, after L{nixserve.builder.local
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import select
@@ -35,6 +36,7 @@ from nixserve.store.api import Busy
 from nixserve.store.files import deletePath
 from nixserve.store.local import LocalSession, LocalStore
 from nixserve.store.logs import BuildLog
+from nixserve.store.pathlocks import vacate
 
 __all__ = ["Build", "Execution", "failed"]
 
@@ -115,7 +117,7 @@ class Execution:
             if build.sandboxed:
                 workspace.sandbox = self._makeSandbox(workspace.inner)
             patience.limit(build.options.buildTimeout, self._timedOut())
-            outcome = self._runBuilder(workspace, log, cancel)
+            outcome = self._runBuilder(workspace, log, cancel, patience)
             self._requireSuccess(outcome)
             result = BuildResult(BuildStatus.BUILT, builtOutputs=self._register(workspace, patience))
         except (BuildError, FormatError, StoreError, OSError) as error:
@@ -161,11 +163,13 @@ class Execution:
             for path in self._settings.sandboxPaths
         ]
 
-    def _runBuilder(self, workspace: Workspace, log: Callable[[bytes], None], cancel: CancelToken) -> Outcome:
+    def _runBuilder(
+        self, workspace: Workspace, log: Callable[[bytes], None], cancel: CancelToken, patience: _Patience
+    ) -> Outcome:
         build = self._build
         for place in build.places.values():
             if not place.valid and place.known is not None:
-                deletePath(self._store.layout.realPath(place.known))
+                patience(functools.partial(vacate, self._store.layout.realPath(place.known)))
         self._removeScratch()
         if workspace.sandbox is not None:
             workspace.sandbox.prepare(workspace.user)

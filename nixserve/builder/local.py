@@ -4,8 +4,9 @@ Building on this machine: the one way in.
 L{LocalBuilder.prepare} does what may have to wait for somebody else and says at once what needs no builder; a
 L{PreparedBuild} then runs in a thread of its own. In between it holds the locks that keep others, real Nix among them,
 from building the same: for each output C{<path>.lock}, or C{<derivation>.<output>.lock} if the path is not known before
-the build. Source: Nix 2.8, src/libstore/build/derivation-goal.cc (C{tryToBuild}) and local-derivation-goal.cc; what is
-said when a build fails is what that version says, without its colours.
+the build; and those of the places in the store directory that it works in. Source: Nix 2.8,
+src/libstore/build/derivation-goal.cc (C{tryToBuild}) and local-derivation-goal.cc; what is said when a build fails is
+what that version says, without its colours.
 
 What goes wrong with a build is a L{BuildResult}, never an exception.
 """
@@ -24,7 +25,7 @@ from nixserve.builder.process import CancelToken
 from nixserve.builder.realising import realisations
 from nixserve.builder.sandbox import Sandbox, sandboxProblem
 from nixserve.builder.settings import BuildSettings, SandboxMode
-from nixserve.builder.workspace import WorkDir
+from nixserve.codec import base32
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, OutputKind, derivationName, drvPathOf
 from nixserve.codec.hashes import Hash
@@ -33,12 +34,15 @@ from nixserve.codec.storepath import StorePath, checkName, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
-from nixserve.store.pathlocks import PathLocks
+from nixserve.store.pathlocks import LOCK_SUFFIX, PathLocks
 
 __all__ = ["BuildSettings", "LocalBuilder", "PreparedBuild", "SandboxMode"]
 
 #: Of a directory that must not exist, because C{HOME} names it.
 _HOMELESS: Final = "/homeless-shelter"
+
+#: The name of the place in the store directory that a build works in. A random hash part stands before it.
+_WORK_NAME: Final = "nixserve-build"
 
 _ZERO_HASH: Final = Hash("sha256", bytes(32))
 
@@ -109,19 +113,18 @@ class LocalBuilder:
             if valid := self._ifValid(session, drv, known):
                 locks.unlock()
                 return valid
-            work = WorkDir.take(self._store.layout, session)
-            try:
-                places = self._places(session, ownPath, drv, known, Sandbox(work.path, "").root if sandboxed else None)
-                inputs = session.queryClosure(drv.inputSrcs)
-            except BaseException:
-                work.release()
-                raise
+            workPath = self._workPath()
+            workDir = self._store.layout.realPath(workPath)
+            places = self._places(session, ownPath, drv, known, Sandbox(workDir, "").root if sandboxed else None)
+            inputs = session.queryClosure(drv.inputSrcs)
+            lent = [place.scratch for place in places.values() if not sandboxed and place.scratch != place.known]
+            scratch = session.lockScratch([workPath, *lent])
         except BaseException:
             locks.abandon()
             raise
         options = self.settings.limit(options)
-        build = Build(drvPath, drv, options, drvOptions, frozenset(inputs), places, sandboxed, work.path)
-        return PreparedBuild(Execution(self._store, self.settings, session, build), locks, work)
+        build = Build(drvPath, drv, options, drvOptions, frozenset(inputs), places, sandboxed, workDir)
+        return PreparedBuild(Execution(self._store, self.settings, session, build), locks, scratch)
 
     def _knownPaths(self, drvPath: StorePath, drv: BasicDerivation) -> dict[str, StorePath]:
         """
@@ -143,6 +146,9 @@ class LocalBuilder:
                 known[name] = self._store.storeDir.makeContentAddressedPath(ca, outputPathName(drv.name, name))
             elif output.path is not None:
                 known[name] = output.path
+        for path in known.values():
+            if StorePath(path + LOCK_SUFFIX) in known.values():
+                raise _miscFailure(f"cannot build '{drvPath}': one output is called like the lock file of '{path}'")
         return known
 
     def _ifValid(
@@ -228,10 +234,18 @@ class LocalBuilder:
         return places
 
     def _scratchPath(self, ownPath: StorePath, drv: BasicDerivation, outputName: str, what: str) -> StorePath:
-        """A path that no object can have, for an output that goes elsewhere in the end. The same as Nix's."""
+        """A path that nothing hashes to, for an output that goes elsewhere in the end. The same as Nix's."""
         return self._store.storeDir.makeStorePath(
             f"rewrite:{ownPath.baseName}:{what}", _ZERO_HASH, outputPathName(drv.name, outputName)
         )
+
+    def _workPath(self) -> StorePath:
+        """
+        A place in the store directory for the sandbox, and for outputs on their way. Not C{<derivation>.chroot} as in
+        Nix: that could be an object's, and what a client calls a derivation need not be its name, so two builds could
+        come with the same one.
+        """
+        return StorePath(f"{self._store.storeDir.path}/{base32.encode(os.urandom(20))}-{_WORK_NAME}")
 
 
 class PreparedBuild:
@@ -239,15 +253,19 @@ class PreparedBuild:
     A build that can begin. Either L{run} or L{abandon} it, once.
     """
 
-    def __init__(self, execution: Execution, locks: PathLocks, work: WorkDir) -> None:
+    def __init__(self, execution: Execution, locks: PathLocks, scratch: PathLocks) -> None:
+        """
+        @param locks: of the outputs.
+        @param scratch: of the places in the store directory that the build works in.
+        """
         self._execution = execution
         self._locks = locks
-        self._work = work
+        self._scratch = scratch
 
     def abandon(self) -> None:
         """Do not build. Safe to call twice, and after L{run}."""
+        self._scratch.unlock()
         self._locks.abandon()
-        self._work.release()
 
     def run(self, log: Callable[[bytes], None], cancel: CancelToken) -> BuildResult:
         """

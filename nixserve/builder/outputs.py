@@ -39,7 +39,7 @@ from nixserve.store.contents import HashModulo
 from nixserve.store.copying import TreeCopier
 from nixserve.store.files import CHUNK_SIZE, deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
-from nixserve.store.pathlocks import PathLocks
+from nixserve.store.pathlocks import PathLocks, moveInto, vacate
 from nixserve.store.restoring import restorePath
 from nixserve.store.validpaths import ValidPaths
 
@@ -94,8 +94,8 @@ class BuiltOutputs:
 
     @ivar places: for each output, by name.
     @ivar inputs: the closure of all that the build could use: nothing else can be referred to.
-    @ivar workDir: a directory on the file system of the store that nobody but us could ever enter: for what is not in
-        its place yet.
+    @ivar workDir: a directory for outputs on their way, in that of the store or on the same file system; made if it is
+        missing. Nobody but us could ever enter it.
     @ivar builderUids: the users to one of whom the outputs must belong; C{None} if that was nobody but us.
     @ivar maxSize: bytes of the NAR of an output at most; 0 for any number.
     """
@@ -400,7 +400,7 @@ class _Registration:
 
     def _move(self, output: _Examined, final: StorePath) -> None:
         target = self._layout.realPath(final)
-        deletePath(target)
+        self._patience(lambda: vacate(target))
         _rename(output.realPath, target)
 
     def _register(self, infos: Collection[ValidPathInfo]) -> None:
@@ -445,11 +445,11 @@ def _rename(source: str, target: str) -> None:
     """
     status = os.lstat(source)
     if not stat.S_ISDIR(status.st_mode) or os.geteuid() == 0:
-        os.rename(source, target)
+        moveInto(source, target)
         return
     os.chmod(source, 0o755)
     try:
-        os.rename(source, target)
+        moveInto(source, target)
     except OSError:
         os.chmod(source, 0o555)
         raise

@@ -4,10 +4,6 @@ What one build holds while it runs: a user, a directory to work in, and the root
 Directories are those of Nix: C{nix-build-<name>.drv-<n>}, closed to all others; in a sandbox a directory C{build} in
 it is what the builder sees, as in Nix from 2.26 on. The caller's alone is what lies around it, so that nobody gets at
 files of the builder with whatever mode it gives them.
-
-What is closed even to the builder, with the root of its sandbox, has a name that no other build ever has. In Nix it is
-C{<derivation>.chroot}, and builds under the same name wait for each other, which they do for their outputs anyway. Ours
-would wait for whatever a client chose to call by that name.
 """
 
 from __future__ import annotations
@@ -22,57 +18,19 @@ from dataclasses import dataclass, field
 
 from nixserve.builder.sandbox import BUILD_DIR, Sandbox
 from nixserve.builder.users import BuildUser
-from nixserve.codec import base32
-from nixserve.codec.storepath import StorePath
 from nixserve.errors import StoreError
 from nixserve.store.files import deletePath
 from nixserve.store.layout import StoreLayout
-from nixserve.store.local import LocalSession
 from nixserve.store.opening import fileSystemErrors
 from nixserve.store.ownpaths import makeOwnDirectory
-from nixserve.store.pathlocks import PathLocks
 
-__all__ = ["WorkDir", "Workspace", "makeBuildDir"]
-
-#: What stands behind the random hash part in the name of a sandbox's root. Short: no derivation's name makes that of
-#: a file too long.
-_ROOT_NAME = "nixserve-build.chroot"
+__all__ = ["Workspace", "makeBuildDir"]
 
 #: The group of builders without a sandbox where the system has no group C{nixbld}: the first of the ids that
 #: L{BuildUser} takes, and nobody else.
 _OWN_GROUP = 872415232
 
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-@dataclass(frozen=True, slots=True)
-class WorkDir:
-    """
-    A place for the root of a sandbox and for outputs on their way: in the store directory, so that they can be renamed
-    into the store, under the name of an object. That is a temporary root, which keeps it from collectors; it cannot be
-    guessed; and it is locked, so that nobody who reads it there can add such an object.
-
-    @ivar path: physical. Nothing is there.
-    """
-
-    path: str
-    _lock: PathLocks
-
-    @classmethod
-    def take(cls, layout: StoreLayout, session: LocalSession) -> WorkDir:
-        """
-        @param session: keeps it from collectors.
-        @raise Busy: a collector is at work.
-        @raise StoreError: the file system refuses.
-        """
-        path = StorePath(f"{layout.storeDir.path}/{base32.encode(os.urandom(20))}-{_ROOT_NAME}")
-        session.addTempRoots([path])
-        real = layout.realPath(path)
-        return cls(real, PathLocks([real]))
-
-    def release(self) -> None:
-        """Nothing is there any more. Safe to call twice."""
-        self._lock.unlock()
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ src/libstore/build/local-derivation-goal.cc (C{openLogFile}) and local-fs-store.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import os
 
 from nixserve.codec.storepath import StorePath
@@ -43,7 +44,10 @@ class BuildLog:
         self._compressor = bz2.BZ2Compressor()
         with fileSystemErrors(f"creating build log '{self.path}'"):
             makeOwnDirectory(os.path.dirname(self.path), 0o755)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            # A build under the same name may be writing to the file that is there.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             # Unbuffered, since the compressor buffers already.
             self._file = open(os.open(self.path, flags, 0o666), "wb", buffering=0)  # noqa: SIM115 - closed by close
 

@@ -13,9 +13,9 @@ Nix 2.8, src/libstore/pathlocks.cc. Three rules of Nix's matter to every other p
 C{H-Cargo.lock} is the lock file of C{H-Cargo}, and the name of an object that somebody may add. Nix does not tell the
 two apart; here they exclude each other:
 
-  - A lock file is an empty file of mode 0600 with one name, which belongs to us, to root or to the owner of the store
-    directory. No object is that: a file of an object has mode 0444 or 0555, 0644 while Nix makes it. Anything else in
-    the place of a lock file is neither opened for writing nor removed, and the path cannot be locked.
+  - A lock file is an empty file that its owner may write to, with one name, which belongs to us, to root or to the
+    owner of the store directory. No object is that: its files have mode 0444 or 0555. Anything else in the place of a
+    lock file is neither opened for writing nor removed, and the path cannot be locked.
   - Who adds an object called C{….lock} takes the lock whose file that would be, before the place is vacated
     (L{vacate}), and does not replace what comes to lie there later (L{moveInto}, and C{O_EXCL} where objects are
     restored).
@@ -53,6 +53,8 @@ _MAX_TRIES: Final = 16
 
 #: Bytes in the name of a file.
 _MAX_NAME: Final = 255
+
+_EXECUTABLE: Final = stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH
 
 _OPEN_FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -95,7 +97,7 @@ class PathLocks:
                 # removed the name, or made an object of the file, what bears the name now is not ours.
                 with contextlib.suppress(OSError):
                     status = os.fstat(fd)
-                    if status.st_nlink == 1 and _isPrivate(status):
+                    if status.st_nlink == 1 and _hasMode(status):
                         os.unlink(lockPath)
                         os.write(fd, _STALE_TOKEN)
             finally:
@@ -236,16 +238,16 @@ def _isLockFile(status: os.stat_result, lockPath: str) -> bool:
     """
     return (
         stat.S_ISREG(status.st_mode)
-        and _isPrivate(status)
+        and _hasMode(status)
         and status.st_nlink == 1
         and status.st_size <= len(_STALE_TOKEN)
         and (status.st_uid in (os.geteuid(), 0) or status.st_uid == os.stat(os.path.dirname(lockPath)).st_uid)
     )
 
 
-def _isPrivate(status: os.stat_result) -> bool:
-    """Whether only its owner can do anything with it: a lock file has mode 0600, less what the umask takes."""
-    return not stat.S_IMODE(status.st_mode) & ~(stat.S_IRUSR | stat.S_IWUSR)
+def _hasMode(status: os.stat_result) -> bool:
+    """Whether it has a mode as lock files have, 0600 from us and from Nix, and no object in canonical form."""
+    return stat.S_IMODE(status.st_mode) & (stat.S_IWUSR | _EXECUTABLE) == stat.S_IWUSR
 
 
 def _removeLeftBehind(opened: os.stat_result, lockPath: str) -> None:

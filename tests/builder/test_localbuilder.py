@@ -10,6 +10,7 @@ import stat
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ from nixserve.codec.storepath import StorePath
 from nixserve.store.api import Busy
 from nixserve.store.files import hashPath
 from nixserve.store.logs import buildLogPath
-from nixserve.testing import makeInfo, makeNar
+from nixserve.store.pathlocks import PathLocks
+from nixserve.testing import addObject, makeInfo, makeNar
 from tests.builder.outputsupport import add, diverted, info, plain, root
 
 __all__ = ["diverted", "plain", "root"]
@@ -519,20 +521,23 @@ def test_ownNetwork(diverted, sandbox):
 def test_copyIsOutOfReach(free, monkeypatch):
     """Without a sandbox too, outputs are copied to where no builder could put anything, and nothing stays there."""
     drv = derivation(free.store, "echo hello > $out")
-    chroot = f"{free.store.layout.realPath(drvPathOf(drv, free.store.storeDir))}.chroot"
     build, register = execution.runBuilder, execution.registerOutputs
     seen = []
 
     def buildAndPlant(*arguments):
         outcome = build(*arguments)
-        os.mkdir(chroot)
-        os.chmod(chroot, 0o777)
-        os.symlink("/etc/passwd", f"{chroot}/{drv.outputs['out'].path.baseName}")
+        # Builders without a sandbox can read the store directory.
+        (lock,) = Path(free.store.layout.realStoreDir).glob("*-nixserve-build.lock")
+        place = str(lock).removesuffix(".lock")
+        os.mkdir(place)
+        os.chmod(place, 0o777)
+        os.symlink("/etc/passwd", f"{place}/{drv.outputs['out'].path.baseName}")
         return outcome
 
     def lookAndRegister(*arguments):
-        status = os.lstat(chroot)
-        seen.append((os.listdir(chroot), stat.S_IMODE(status.st_mode), status.st_uid))
+        place = arguments[3].workDir
+        status = os.lstat(place)
+        seen.append((os.listdir(place), stat.S_IMODE(status.st_mode), status.st_uid))
         return register(*arguments)
 
     monkeypatch.setattr(execution, "runBuilder", buildAndPlant)
@@ -860,24 +865,98 @@ def test_sameNameForDifferentThings(building):
         assert Path(building.store.layout.realPath(result.builtOutputs["out"].outPath)).read_text() == f"{first}\n"
         for other in sleeping:
             assert other.run(building.hear, CancelToken()).status == BuildStatus.BUILT
-    assert [name for name in leftovers(building.store) if "chroot" in name] == []
+    assert [name for name in leftovers(building.store) if "nixserve-build" in name] == []
 
 
-def test_sandboxRootIsLocked(diverted, sandbox):
+def test_workDirIsLocked(diverted, sandbox):
     """
-    Who can read the store directory sees the name of a sandbox's root. Adding an object of that name waits until the
-    build is over, and touches nothing there.
+    Who can read the store directory sees the name of the place that a build works in. Adding an object of that name
+    waits until the build is over, and touches nothing there.
     """
     building = Building(diverted)
     prepared = building.prepare(derivation(diverted, "echo > $out"))
-    (name,) = [name for name in leftovers(diverted) if name.endswith(".chroot.lock")]
+    (name,) = [name for name in leftovers(diverted) if name.endswith("-nixserve-build.lock")]
     nar = makeNar(b"")
     path = StorePath(f"{diverted.storeDir.path}/{name.removesuffix('.lock')}")
     intruding = makeInfo("x", nar, path=path, storeDir=diverted.storeDir)
     with pytest.raises(Busy):
         diverted.openSession().addSmallPaths([(intruding, nar)])
     assert prepared.run(building.hear, CancelToken()).status == BuildStatus.BUILT
-    assert [name for name in leftovers(diverted) if "chroot" in name] == []
+    assert [name for name in leftovers(diverted) if "nixserve-build" in name] == []
+
+
+def outputsOf(store, drv, **paths):
+    """The derivation with its outputs at other paths, as a client may say it."""
+    outputs = {name: DerivationOutput(StorePath(path)) for name, path in paths.items()}
+    return replace(drv, outputs=outputs, env={**drv.env, **paths})
+
+
+def test_validPathsInPlaceOfOurFiles(building):
+    """
+    A valid path may be called like any file that a build makes in the store directory: the build is refused or goes on,
+    and the path stays as it is.
+    """
+    store = building.store
+    drv = derivation(store, "echo > $out")
+    drvPath, out = drvPathOf(drv, store.storeDir), drv.outputs["out"].path
+    for suffix in (".chroot", ".chroot.lock", ".out.lock"):
+        addAt(store, drvPath + suffix)
+    for suffix in (".rewritten", ".check", ".chroot"):
+        addAt(store, out + suffix)
+    assert building.build(drv).status == BuildStatus.BUILT
+    drv = derivation(store, "echo 2 > $out")
+    lock = addAt(store, drv.outputs["out"].path + ".lock")
+    refused = building.build(drv)
+    assert refused.status == BuildStatus.MISC_FAILURE and "is no lock file" in refused.errorMsg
+    assert "\n" not in refused.errorMsg
+    floating = derivation(store, "echo 3 > $out", output=DerivationOutput(None, "r:sha256", ""))
+    addAt(store, f"{drvPathOf(floating, store.storeDir)}.out.lock")
+    assert "is no lock file" in building.build(floating).errorMsg
+    session = store.openSession()
+    for path in store.validPaths.queryAllValidPaths() - {out}:
+        assert b"".join(session.narFromPath(path)) == makeNar(b"contents"), path
+    assert lock in store.validPaths.queryAllValidPaths()
+    session.close()
+
+
+def addAt(store, path):
+    """Make a path of any name valid."""
+    session = store.openSession()
+    nar = makeNar(b"contents")
+    addObject(session, makeInfo("x", nar, storeDir=store.storeDir, path=StorePath(path)), nar)
+    session.close()
+    return path
+
+
+def test_validPathInPlaceOfAScratchPath(free):
+    """Without a sandbox an output is made in the store under a path that is lent to it: not under one that is valid."""
+    drv = derivation(free.store, "echo 3 > $out", output=DerivationOutput(None, "r:sha256", ""))
+    prepared = free.prepare(drv)
+    scratch = prepared._execution._build.places["out"].scratch
+    prepared.abandon()
+    addAt(free.store, scratch)
+    result = free.build(drv)
+    assert result.status == BuildStatus.MISC_FAILURE and "is a valid path" in result.errorMsg
+    assert free.read(scratch) == b"contents"
+
+
+def test_outputsCalledLikeLockFiles(building):
+    """An output may be called so; it is made under the lock that this is, and cannot be together with what it locks."""
+    store = building.store
+    plain = derivation(store, "echo > $out").outputs["out"].path
+    drv = outputsOf(store, derivation(store, "echo > $out"), out=f"{plain}.lock")
+    held = PathLocks([store.layout.realPath(plain)])
+    done = []
+    prepared = building.prepare(drv)
+    thread = threading.Thread(target=lambda: done.append(prepared.run(building.hear, CancelToken())))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive() and os.path.getsize(store.layout.realPath(plain) + ".lock") == 0
+    held.unlock()
+    thread.join(30)
+    assert [result.status for result in done] == [BuildStatus.BUILT]
+    both = outputsOf(store, derivation(store, "echo > $a; echo > $b", outputs=("a", "b")), a=plain, b=f"{plain}.lock")
+    assert "is called like the lock file of" in building.build(both).errorMsg
 
 
 def test_roots(building):

@@ -56,7 +56,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 #: Where Nix 2.8 names the place of an output in its sandbox, ours has the logical path.
-_PLACE = re.compile(r"'[^' ]+\.chroot(/nix/store/)")
+_PLACE = re.compile(r"'[^' ]+(?:\.chroot|-nixserve-build/root)(/nix/store/)")
 
 
 def stripped(message):

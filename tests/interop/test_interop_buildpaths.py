@@ -154,7 +154,7 @@ def copied(scratch, nix, sandbox):
 
 def generalise(text):
     """A text without what differs with contents and places."""
-    text = re.sub(r"'/[^']*\.chroot(?:/root)?(/nix/store/[^']*)'", r"'\1'", text)
+    text = re.sub(r"'/[^']*(?:\.chroot|-nixserve-build)(?:/root)?(/nix/store/[^']*)'", r"'\1'", text)
     text = re.sub(r"sha256-[A-Za-z0-9+/]{43}=", "SRI", text)
     return re.sub("/nix/store/[0-9a-z]{32}-", "", text).removeprefix("error: ")
 

@@ -173,7 +173,7 @@ def fill(text, made):
 def generalise(text):
     """A text without what differs with contents and places."""
     text = re.sub(r"sha256-[A-Za-z0-9+/]{43}=", "sha256-SRI", text)
-    text = re.sub(r"'/[^']*\.chroot(?:/root)?(/nix/store/[^']*)'", r"'\1'", text)
+    text = re.sub(r"'/[^']*(?:\.chroot|-nixserve-build)(?:/root)?(/nix/store/[^']*)'", r"'\1'", text)
     return text.removeprefix("error: ")
 
 

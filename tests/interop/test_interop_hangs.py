@@ -109,7 +109,7 @@ def assertFree(root, made, word):
     left = FREE
     until(lambda: not isRunning(word), left, "processes of the builder go on")
     until(lambda: not any(isLocked(f"{physical(root, path)}.lock") for path in made.paths), left, "it is still locked")
-    until(lambda: not list(Path(f"{root}/nix/store").glob("*.chroot")), left, "the sandbox is still there")
+    until(lambda: not list(Path(f"{root}/nix/store").glob("*-nixserve-build")), left, "the sandbox is still there")
     until(lambda: not list(Path(f"{root}/nix/var/nix/builds").iterdir()), left, "the build directory is still there")
     seconds = time.monotonic() - begun
     print(f"free after {seconds:.2f} s")

@@ -62,6 +62,16 @@ def test_secondBuild(layout):
     assert contents(layout) == b"second\n"
 
 
+def test_twoAtOnce(layout):
+    """Two builds under one name do not write into each other's log; the later one stays."""
+    logs = [BuildLog(layout, DRV) for _ in range(2)]
+    for log, text in zip(logs, (b"a long first log\n", b"second\n"), strict=True):
+        log.write(text)
+    for log in reversed(logs):
+        log.close()
+    assert contents(layout) == b"second\n"
+
+
 def test_closeTwice(layout):
     """Closing again changes nothing."""
     log = BuildLog(layout, DRV)

@@ -159,7 +159,7 @@ def makeForeign(place):
 FOREIGN = {
     "object": lambda place: makeFile(place, b"the contents", 0o444),
     "emptyObject": lambda place: makeFile(place, b"", 0o444),
-    "inTheMaking": lambda place: makeFile(place, b"", 0o644),
+    "inTheMaking": lambda place: makeFile(place, b"", 0o755),
     "contents": lambda place: makeFile(place, b"dd"),
     "linked": makeLinked,
     "directory": os.mkdir,
