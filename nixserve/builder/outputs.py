@@ -35,7 +35,7 @@ from nixserve.codec.references import HashRewriter, ReferenceScanner
 from nixserve.codec.storepath import StorePath, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
-from nixserve.store.contents import HashModulo
+from nixserve.store.contents import HashModulo, PathTooLong
 from nixserve.store.copying import TreeCopier
 from nixserve.store.files import CHUNK_SIZE, deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
@@ -43,7 +43,7 @@ from nixserve.store.pathlocks import PathLocks, moveInto, vacate
 from nixserve.store.restoring import restorePath
 from nixserve.store.validpaths import ValidPaths
 
-__all__ = ["HASH_MISMATCH", "BuiltOutputs", "OutputPlace", "Patience", "TempRooter", "registerOutputs"]
+__all__ = ["HASH_MISMATCH", "BuildSession", "BuiltOutputs", "OutputPlace", "Patience", "registerOutputs"]
 
 #: How the message about a wrong hash begins; L{BuildStatus.OUTPUT_REJECTED} has other reasons too.
 HASH_MISMATCH = "hash mismatch in fixed-output derivation "
@@ -62,11 +62,16 @@ class Patience(Protocol):
     def __call__(self, attempt: Callable[[], _T], /) -> _T: ...
 
 
-class TempRooter(Protocol):
-    """Who keeps paths from the garbage collector; a L{nixserve.store.local.LocalSession}."""
+class BuildSession(Protocol):
+    """
+    Who keeps paths from the garbage collector, and makes them valid; a L{nixserve.store.local.LocalSession}.
+    """
 
     def addTempRoots(self, paths: Collection[StorePath]) -> None:
         """See L{nixserve.store.api.StoreSession.addTempRoots}."""
+
+    def registerBuilt(self, infos: Collection[ValidPathInfo]) -> None:
+        """See L{nixserve.store.local.LocalSession.registerBuilt}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +135,7 @@ class _Examined:
 
 
 def registerOutputs(
-    layout: StoreLayout, validPaths: ValidPaths, roots: TempRooter, built: BuiltOutputs, patience: Patience
+    layout: StoreLayout, validPaths: ValidPaths, session: BuildSession, built: BuiltOutputs, patience: Patience
 ) -> dict[str, StorePath]:
     """
     Make the outputs of a build valid, all or, but for step 5, none. Blocks for as long as reading them takes.
@@ -141,18 +146,23 @@ def registerOutputs(
     @raise BuildError: an output is not acceptable, in Nix's words.
     @raise StoreError: the file system or the database refuses.
     """
-    return _Registration(layout, validPaths, roots, built, patience).run()
+    return _Registration(layout, validPaths, session, built, patience).run()
 
 
 class _Registration:
     """One call of L{registerOutputs}."""
 
     def __init__(
-        self, layout: StoreLayout, validPaths: ValidPaths, roots: TempRooter, built: BuiltOutputs, patience: Patience
+        self,
+        layout: StoreLayout,
+        validPaths: ValidPaths,
+        session: BuildSession,
+        built: BuiltOutputs,
+        patience: Patience,
     ) -> None:
         self._layout = layout
         self._validPaths = validPaths
-        self._roots = roots
+        self._session = session
         self._built = built
         self._patience = patience
         self._copier = TreeCopier(built.builderUids, lambda: patience(_proceed))
@@ -226,9 +236,9 @@ class _Registration:
         """
         copy = f"{self._built.workDir}/{place.scratch.baseName}"
         try:
-            self._copier.copy(place.realPath, copy)
+            self._copier.copy(place.realPath, copy, self._layout.realPath(place.known or place.scratch))
         except StoreError as error:
-            if str(error).startswith("invalid ownership"):
+            if isinstance(error, PathTooLong) or str(error).startswith("invalid ownership"):
                 raise _rejected(str(error)) from error
             raise
         deletePath(place.realPath)
@@ -380,7 +390,7 @@ class _Registration:
     def _moveLocked(self, output: _Examined, info: ValidPathInfo) -> None:
         """Move an output to a path that was not known before the build, and register it under that path's lock."""
         real = self._layout.realPath(info.path)
-        self._patience(lambda: self._roots.addTempRoots([info.path]))
+        self._patience(lambda: self._session.addTempRoots([info.path]))
         try:
             lock = self._patience(lambda: PathLocks([real])) if not self._mismatch else PathLocks([real])
         except Busy:
@@ -406,7 +416,12 @@ class _Registration:
     def _register(self, infos: Collection[ValidPathInfo]) -> None:
         if infos:
             self._layout.durability.beforeRegistering([self._layout.realPath(info.path) for info in infos])
-            self._patience(lambda: self._validPaths.registerValidPaths(infos))
+            try:
+                self._patience(lambda: self._session.registerBuilt(infos))
+            except FormatError as error:
+                raise _rejected(
+                    f"an output of '{self._built.drvPath}' is no derivation as it should be: {error}"
+                ) from error
 
     def _fixedReferences(self, references: set[StorePath]) -> str:
         return (

@@ -306,13 +306,20 @@ class Adder:
         @raise InvalidPath: a reference is not valid.
         @raise FormatError: a derivation is malformed, or its outputs are not its own.
         """
-        if info.path.isDerivation:
-            # Its hash depends on derivations that it refers to: better "not valid" than "no such file".
-            others = info.references - {info.path}
+        self.registerAll([info])
+
+    def registerAll(self, infos: Collection[ValidPathInfo]) -> None:
+        """L{register} for objects that become valid together. They may refer to each other."""
+        drvs = [info for info in infos if info.path.isDerivation]
+        # The hash of one depends on those that it refers to: better "not valid" than "no such file".
+        others = {path for info in drvs for path in info.references}.difference(info.path for info in infos)
+        if others:
             for missing in sorted(others - self._validPaths.queryValidPaths(others)):
                 raise InvalidPath(missing)
-        outputs = derivationOutputs(info.path, self._lookup, self.layout.storeDir, self._memo)
-        self._register([info], {info.path: outputs})
+        outputs = {
+            info.path: derivationOutputs(info.path, self._lookup, self.layout.storeDir, self._memo) for info in drvs
+        }
+        self._register(infos, outputs)
 
     def writeOut(self, paths: Collection[StorePath]) -> None:
         """
@@ -323,7 +330,7 @@ class Adder:
         """
         self.layout.durability.beforeRegistering([self.layout.realPath(path) for path in paths])
 
-    def _register(self, infos: Sequence[ValidPathInfo], outputs: Mapping[StorePath, Outputs]) -> None:
+    def _register(self, infos: Collection[ValidPathInfo], outputs: Mapping[StorePath, Outputs]) -> None:
         self._validPaths.registerValidPaths(infos, outputs)
         self.registered = True
 

@@ -8,6 +8,7 @@ Contents come as the NAR of the object in chunks, from wherever. Nothing here bl
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -21,20 +22,23 @@ from nixserve.codec.derivation import (
     parseDerivation,
 )
 from nixserve.codec.hashes import Hash
-from nixserve.codec.nar import Contents, NarParser, Regular
+from nixserve.codec.nar import Contents, Directory, EndDirectory, Event, NarParser, Regular
 from nixserve.codec.pathinfo import Signature, ValidPathInfo
-from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.codec.storepath import HASH_PART_LENGTH, MAX_NAME_LENGTH, StoreDir, StorePath
 from nixserve.errors import FormatError, StoreError
 
 __all__ = [
     "MAX_DERIVATION_SIZE",
+    "MAX_PATH_SIZE",
     "DerivationMemo",
     "DrainingWriter",
     "HashModulo",
     "Intake",
+    "PathTooLong",
     "checkContentAddress",
     "checkNar",
     "checkNewInfo",
+    "checkPathSize",
     "checkRegistrable",
     "derivationOutputs",
     "readDerivation",
@@ -44,8 +48,22 @@ __all__ = [
 #: Bytes of a .drv file that are read into memory at most: some hundred times the largest known.
 MAX_DERIVATION_SIZE: Final = 64 * 1024 * 1024
 
+#: Bytes in the path of a file in an object: the kernel's PATH_MAX without the NUL.
+MAX_PATH_SIZE: Final = 4095
+
 DerivationMemo = dict[StorePath, Hash | None]
 """Hashes of derivations found before, see L{nixserve.codec.derivation.hashDerivationModulo}."""
+
+
+#: Bytes of each end of a long path that a message shows.
+_SHOWN: Final = 200
+
+#: Bytes of the longest path that an object can have in the usual place.
+_LONGEST_ROOT: Final = len(f"{StoreDir().path}/") + HASH_PART_LENGTH + 1 + MAX_NAME_LENGTH
+
+
+class PathTooLong(StoreError):
+    """The path of a file in an object is longer than the kernel takes."""
 
 
 class Intake:
@@ -56,6 +74,9 @@ class Intake:
     def __init__(self, maxSize: int | None = None) -> None:
         self._parser = NarParser(maxSize)
         self._digest = hashlib.sha256()
+        # Of the directories that are open, outermost first.
+        self._names: list[bytes] = []
+        self._pathSize = _LONGEST_ROOT
         self.size = 0
 
     @property
@@ -66,12 +87,24 @@ class Intake:
     def feed(self, data: bytes) -> None:
         """
         @raise FormatError: this is no NAR, or it was complete before.
+        @raise PathTooLong: that of a file in it is.
         """
-        self._parser.feed(data)
+        for event in self._parser.feed(data):
+            self._follow(event)
         if self._parser.surplus:
             raise FormatError("bad archive: data after its end", offset=self.size)
         self.size += len(data)
         self._digest.update(data)
+
+    def _follow(self, event: Event) -> None:
+        """Note where in the tree we are."""
+        if isinstance(event, EndDirectory):
+            self._pathSize -= len(self._names.pop()) + 1
+        elif not isinstance(event, Contents):
+            checkPathSize(self._pathSize + 1 + len(event.name), b"/".join([*self._names, event.name]))
+            if isinstance(event, Directory):
+                self._names.append(event.name)
+                self._pathSize += len(event.name) + 1
 
     def finish(self) -> Hash:
         """
@@ -152,6 +185,23 @@ class DrainingWriter:
 
     def abort(self) -> None:
         """Nothing to give up."""
+
+
+def checkPathSize(size: int, path: bytes) -> None:
+    """
+    Every file of an object must have a path that the kernel takes: Nix's collector and its verification work with whole
+    paths, and fail on an object that they can neither read nor delete, now and for ever.
+
+    @param size: of the path, in bytes.
+    @param path: for the message.
+    @raise PathTooLong: it is too long.
+    """
+    if size > MAX_PATH_SIZE:
+        shown = os.fsdecode(path[:_SHOWN] + b"[...]" + path[-_SHOWN:] if len(path) > 2 * _SHOWN else path)
+        raise PathTooLong(
+            f"cannot have '{shown}' in a store: File name too long: its path would have {size} bytes, and at most "
+            f"{MAX_PATH_SIZE} are possible"
+        )
 
 
 def checkRegistrable(info: ValidPathInfo, storeDir: StoreDir) -> None:

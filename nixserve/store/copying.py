@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from nixserve.errors import StoreError
+from nixserve.store.contents import MAX_PATH_SIZE, checkPathSize
 from nixserve.store.files import MTIME_NS, canonicalisePathMetaData, sortedEntries
 from nixserve.store.restoring import handsDownAcl
 from nixserve.store.walk import Walk, chmodNode, failure, lstatNode, unsupported
@@ -60,14 +61,17 @@ class TreeCopier:
         # Access time is nobody's concern, but must be given with the other.
         self._times = (time.time_ns(), MTIME_NS)
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str, realPath: str) -> None:
         """
         Copy a file, directory or symbolic link. After an error what there is of the copy is the caller's to delete.
 
         @param source: what to copy. None of the processes that made it may run any more.
         @param target: what it becomes. It must not exist; the directory for it must, and be closed to everybody else.
+        @param realPath: where it will be in the end: all its paths must be possible there.
+        @raise nixserve.store.contents.PathTooLong: one is not.
         @raise StoreError: a socket, FIFO or device; a file of somebody else; the operating system refuses.
         """
+        longer = len(os.fsencode(realPath)) - len(os.fsencode(target))
         try:
             origin = Walk(source)
         except OSError as error:
@@ -82,7 +86,11 @@ class TreeCopier:
                         if levels[-1]:
                             name, kind = levels[-1].pop()
                             self._proceed()
-                            if self._copyNode(origin, copy, name, kind, title if len(levels) == 1 else name):
+                            entry = title if len(levels) == 1 else name
+                            size = copy.pathSize + 1 + len(entry) + longer
+                            if size > MAX_PATH_SIZE:
+                                checkPathSize(size, os.fsencode(origin.path(name)))
+                            if self._copyNode(origin, copy, name, kind, entry):
                                 name = b""
                                 levels.append(sortedEntries(origin.fd))
                         else:

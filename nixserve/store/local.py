@@ -209,6 +209,18 @@ class LocalSession:
         self._requireWritable()
         self._adder.lockedForUs.update(paths)
 
+    def registerBuilt(self, infos: Collection[ValidPathInfo]) -> None:
+        """
+        Make valid what is in place, under the same rules as what is added.
+
+        @raise Busy: others are writing to the database; call again.
+        @raise InvalidPath: a reference is not valid.
+        @raise StoreError: it is not what it is called.
+        @raise nixserve.errors.FormatError: a derivation is malformed, or its outputs are not its own.
+        """
+        self._requireWritable()
+        self._adder.registerAll(infos)
+
     def lockScratch(self, paths: Collection[StorePath]) -> PathLocks:
         """
         See L{Adder.lockScratch}.

@@ -7,7 +7,6 @@ trees may be deeper than the call stack and than the number of descriptors a pro
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import time
@@ -26,13 +25,12 @@ from nixserve.codec.nar import (
     regularStart,
 )
 from nixserve.errors import NixServeError, StoreError
+from nixserve.store.contents import MAX_PATH_SIZE, checkPathSize
 from nixserve.store.files import MTIME_NS, canonicalisePathMetaData
 from nixserve.store.walk import Walk, chmodNode, failure
 
 __all__ = ["PathRestorer", "handsDownAcl", "restoreNar", "restorePath"]
 
-# The kernel's PATH_MAX, without the NUL.
-_MAX_PATH = 4095
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # What a directory with this attribute hands down to all that is created in it.
 _INHERITED_ACL = "system.posix_acl_default"
@@ -165,13 +163,11 @@ class PathRestorer:
                 self._endDirectory()
 
     def _setName(self, name: bytes) -> None:
-        """
-        Note the name of what is created now. Its whole path must be one that the kernel takes: Nix's collector works
-        with whole paths, and would fail on an object that it can neither read nor delete, now and for ever.
-        """
+        """Note the name of what is created now."""
         self._name = name or self._walk.base
-        if self._walk.pathSize + 1 + len(self._name) > _MAX_PATH:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        size = self._walk.pathSize + 1 + len(self._name)
+        if size > MAX_PATH_SIZE:
+            checkPathSize(size, os.fsencode(self._walk.path(self._name)))
 
     def _startFile(self, event: Regular) -> None:
         """Create a file."""

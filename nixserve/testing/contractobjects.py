@@ -10,6 +10,7 @@ from dataclasses import replace
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import outputPaths, parseDerivation
 from nixserve.codec.hashes import hashBytes
+from nixserve.codec.nar import Directory, EndDirectory, encodeNar
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, StoreError
 from nixserve.store.api import Busy, InvalidPath
@@ -17,6 +18,11 @@ from nixserve.testing.contractbase import StoreCase
 from nixserve.testing.objects import Executable, addObject, makeInfo, makeNar
 
 __all__ = ["ObjectContract"]
+
+
+def _nested(levels: int, name: bytes) -> bytes:
+    """The NAR of directories in each other."""
+    return b"".join(encodeNar([Directory(b""), *[Directory(name)] * levels, *[EndDirectory()] * (levels + 1)]))
 
 
 class ObjectContract(StoreCase):
@@ -197,6 +203,19 @@ class ObjectContract(StoreCase):
         self.addCleanup(session.close)
         self.assertEqual(session.queryValidPaths([path]), {path})
         self.assertEqual(b"".join(session.narFromPath(path)), nar)
+
+    def test_pathsThatAreTooLong(self) -> None:
+        """An object in which a path is longer than the kernel takes is refused: it could never be collected."""
+        for nar in (_nested(30, b"x" * 200), _nested(300, b"x" * 20)):
+            self.assertRefused(makeInfo("x", nar), nar, "File name too long", NixServeError)
+            writer = self.session.importPath()
+            with self.assertRaisesRegex(NixServeError, "File name too long"):
+                writer.feed(nar)
+                writer.finish(makeInfo("x", nar).path, [], None)
+            writer.abort()
+            with self.assertRaisesRegex(NixServeError, "File name too long"):
+                self.session.addSmallPaths([(makeInfo("x", nar), nar)])
+        self.add("x", _nested(18, b"x" * 200))
 
     # --- derivations
 

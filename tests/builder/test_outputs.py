@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import mmap
 import os
+import re
+import shutil
 import stat
 import subprocess
 from dataclasses import replace
@@ -14,7 +16,7 @@ from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.outputs import BuiltOutputs, OutputPlace, registerOutputs
 from nixserve.codec.buildresult import BuildStatus
 from nixserve.codec.contentaddress import ContentAddress
-from nixserve.codec.derivation import BasicDerivation, DerivationOutput
+from nixserve.codec.derivation import BasicDerivation, DerivationOutput, outputPaths, parseDerivation
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, StoreError
@@ -22,6 +24,7 @@ from nixserve.store.api import Busy
 from nixserve.store.durability import Durability
 from nixserve.store.files import deletePath, dumpPath, hashPath
 from nixserve.store.local import LocalStore
+from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import Executable, makeNar
 from tests.builder.outputsupport import add, diverted, info, root, someHash, writeTree
 
@@ -61,7 +64,7 @@ class Build:
         self.drv = BasicDerivation("x", made, frozenset(inputs), "x86_64-linux", "/bin/sh", (), env or {})
         # As in a sandbox: what the builder takes for the store is another directory.
         self.root = f"{store.layout.realStoreDir}/{self.drvPath.baseName}.chroot"
-        os.makedirs(f"{self.root}/root")
+        os.makedirs(f"{self.root}/root", exist_ok=True)
 
     def place(self, name):
         return f"{self.root}/root/{self.scratch[name].baseName}"
@@ -101,6 +104,22 @@ def fixed(store, contents=b"hello", hashAlgo="sha256", wanted=None):
 FLOATING = DerivationOutput(None, "r:sha256", "")
 
 
+@pytest.fixture
+def nix(diverted):
+    """Runs the real C{nix-store} on the store: takes arguments, gives the output."""
+    program = shutil.which("nix-store")
+    if program is None:
+        pytest.skip("no nix-store on PATH")
+    root = diverted.layout.realStoreDir.removesuffix("/nix/store")
+
+    def run(*arguments):
+        done = subprocess.run([program, "--store", root, *arguments], capture_output=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+    return run
+
+
 def real(store, path):
     """Where an object is."""
     return store.layout.realPath(path)
@@ -110,6 +129,123 @@ def contents(store, path):
     """The bytes of an object that is a file."""
     with open(real(store, path), "rb") as stream:
         return stream.read()
+
+
+def makeNested(place, levels, name):
+    """Directories in each other, far beyond what a path can name."""
+    os.mkdir(place)
+    fd = os.open(place, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=fd)
+        inner = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+
+
+@pytest.mark.parametrize("output", [INPUT_ADDRESSED, FLOATING], ids=["input-addressed", "floating"])
+@pytest.mark.parametrize(("levels", "name"), [(30, "x" * 200), (300, "x" * 20)])
+def test_pathsThatAreTooLong(diverted, output, levels, name):
+    """A tree that could be neither collected nor copied is refused, as it is when it is imported."""
+    build = Build(diverted, output=output)
+    makeNested(build.place("out"), levels, name)
+    message = build.refused()
+    # Deeper than pytest's own clearing up can go.
+    deletePath(build.root)
+    assert re.match(
+        r"cannot have '/[^\n]{,500}' in a store: File name too long: its path would have \d+ bytes", message
+    )
+
+
+@pytest.mark.parametrize("output", [INPUT_ADDRESSED, FLOATING], ids=["input-addressed", "floating"])
+def test_pathsAsLongAsPossible(diverted, nix, output):
+    """A path may be as long as it can be in its final place; real Nix verifies and collects it."""
+    build = Build(diverted, output=output)
+    left = 4095 - len(real(diverted, build.scratch["out"]))
+    makeNested(build.place("out"), (left - 10) // 201, "x" * 200)
+    path = build.register()["out"]
+    nix("--verify", "--check-contents")
+    build.session.close()
+    nix("--gc")
+    assert not os.path.exists(real(diverted, path))
+
+
+def derivationText(out, name="y"):
+    """The text of a .drv file."""
+    return (
+        f'Derive([("out","{out}","","")],[],[],"x86_64-linux","/bin/sh",[],'
+        f'[("builder","/bin/sh"),("name","{name}"),("out","{out}"),("system","x86_64-linux")])'
+    ).encode()
+
+
+def ownDerivation(store):
+    """The text of a derivation as it should be, and the path of its output."""
+    draft = parseDerivation(
+        derivationText(store.storeDir.makeStorePath("test", someHash(""), "y")), "y", store.storeDir
+    )
+    out = outputPaths(draft, {}.__getitem__, store.storeDir, {})["out"]
+    return derivationText(out), out
+
+
+@pytest.mark.parametrize("how", ["input-addressed", "floating", "fixed"])
+def test_outputCalledLikeADerivation(diverted, nix, how):
+    """
+    What is built and called .drv is held to what is added and called so: it is a derivation, with outputs of its own,
+    and they are registered, so that real Nix sees the same.
+    """
+    text, out = ownDerivation(diverted)
+    for contents in (b"none", derivationText(add(diverted, "y")), {"drv": text}, Executable(text)):
+        build = drvBuild(diverted, how, contents)
+        build.write(out=contents)
+        with pytest.raises((BuildError, StoreError), match=r"derivation|not a regular file"):
+            build.register()
+        assert not any(path.isDerivation for path in diverted.validPaths.queryAllValidPaths())
+    build = drvBuild(diverted, how, text)
+    build.write(out=text)
+    path = build.register()["out"]
+    assert path.isDerivation and diverted.validPaths.queryDerivationOutputs(path) == {"out": out}
+    assert nix("-q", "--outputs", path).decode().split() == [out]
+
+
+def drvBuild(store, how, contents):
+    """A build whose output is called y.drv."""
+    output = INPUT_ADDRESSED if how == "input-addressed" else FLOATING
+    if how == "fixed":
+        digest = hashBytes("sha256", makeNar(contents))
+        specified = DerivationOutput(StorePath(f"{store.storeDir.path}/{'0' * 32}-y.drv"), "r:sha256", digest.hex)
+        path = store.storeDir.makeContentAddressedPath(specified.contentAddress, "y.drv")
+        output = replace(specified, path=path)
+    build = Build(store, output=output)
+    build.drv = replace(build.drv, name="y.drv")
+    if how == "fixed":
+        return build
+    build.scratch["out"] = store.storeDir.makeStorePath("test", someHash(repr(contents)), "y.drv")
+    if how == "input-addressed":
+        build.known["out"] = build.scratch["out"]
+        build.drv = replace(build.drv, outputs={"out": DerivationOutput(build.known["out"])})
+    return build
+
+
+def test_lockFileInPlaceOfAnOutput(diverted):
+    """An output that is called like a lock file that is held waits for it, and does not replace it."""
+    build = Build(diverted)
+    plain = build.known["out"]
+    build.scratch["out"] = build.known["out"] = StorePath(f"{plain}.lock")
+    build.drv = replace(build.drv, outputs={"out": DerivationOutput(build.known["out"])})
+    build.write(out=b"x")
+    held = PathLocks([real(diverted, plain)])
+    tries = []
+
+    def patience(attempt):
+        try:
+            return attempt()
+        except Busy:
+            tries.append(os.path.getsize(real(diverted, plain) + ".lock"))
+            held.unlock()
+            return attempt()
+
+    build.register(patience=patience)
+    assert tries == [0] and contents(diverted, build.known["out"]) == b"x"
 
 
 # What is registered.

@@ -31,7 +31,7 @@ def proceed():
 
 def copy(place, uids=None):
     """Copy C{x} to C{y}; its path."""
-    TreeCopier(uids, proceed).copy(f"{place}/x", f"{place}/y")
+    TreeCopier(uids, proceed).copy(f"{place}/x", f"{place}/y", f"{place}/y")
     return f"{place}/y"
 
 
@@ -145,8 +145,8 @@ def test_hardLinks(place):
     os.mkdir(f"{place}/x2")
     os.link(f"{place}/x/a", f"{place}/x2/e")
     copier = TreeCopier(None, proceed)
-    copier.copy(f"{place}/x", f"{place}/y")
-    copier.copy(f"{place}/x2", f"{place}/y2")
+    copier.copy(f"{place}/x", f"{place}/y", f"{place}/y")
+    copier.copy(f"{place}/x2", f"{place}/y2", f"{place}/y2")
     copies = [os.stat(f"{place}/{name}") for name in ("y/a", "y/d/c", "y2/e")]
     assert len({status.st_ino for status in copies}) == 1 and copies[0].st_nlink == 3
     assert copies[0].st_ino != os.stat(f"{place}/x/a").st_ino
@@ -271,7 +271,7 @@ def test_givesUp(place):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        TreeCopier(None, stop).copy(f"{place}/x", f"{place}/y")
+        TreeCopier(None, stop).copy(f"{place}/x", f"{place}/y", f"{place}/y")
     assert len(asked) == 3
 
 
@@ -282,5 +282,5 @@ def test_sharesNoDescriptors(place):
     copy(place)
     os.mkfifo(f"{place}/x/d/fifo")
     with pytest.raises(StoreError):
-        TreeCopier(None, proceed).copy(f"{place}/x", f"{place}/z")
+        TreeCopier(None, proceed).copy(f"{place}/x", f"{place}/z", f"{place}/z")
     assert len(os.listdir("/proc/self/fd")) == before
