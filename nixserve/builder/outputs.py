@@ -145,6 +145,7 @@ def registerOutputs(
     @return: all outputs by name, those that were valid before among them.
     @raise BuildError: an output is not acceptable, in Nix's words.
     @raise StoreError: the file system or the database refuses.
+    @raise FormatError: what is called like a derivation is none, or claims outputs that are not its own.
     """
     return _Registration(layout, validPaths, session, built, patience).run()
 
@@ -416,12 +417,7 @@ class _Registration:
     def _register(self, infos: Collection[ValidPathInfo]) -> None:
         if infos:
             self._layout.durability.beforeRegistering([self._layout.realPath(info.path) for info in infos])
-            try:
-                self._patience(lambda: self._session.registerBuilt(infos))
-            except FormatError as error:
-                raise _rejected(
-                    f"an output of '{self._built.drvPath}' is no derivation as it should be: {error}"
-                ) from error
+            self._patience(lambda: self._session.registerBuilt(infos))
 
     def _fixedReferences(self, references: set[StorePath]) -> str:
         return (

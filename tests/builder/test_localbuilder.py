@@ -885,6 +885,24 @@ def test_workDirIsLocked(diverted, sandbox):
     assert [name for name in leftovers(diverted) if "nixserve-build" in name] == []
 
 
+def test_builtDerivation(building):
+    """
+    A build whose output is called .drv, and claims another's path as its own output, fails as with real Nix: nothing
+    becomes valid that a later build would obey.
+    """
+    victim = add(building.store, "victim")
+    text = (
+        f'Derive([("out","{victim}","","")],[],[],"{SYSTEM}","/bin/sh",[],'
+        f'[("builder","/bin/sh"),("name","victim"),("out","{victim}"),("system","{SYSTEM}")])'
+    )
+    drv = derivation(building.store, 'printf %s "$text" > $out', name="victim.drv", env={"text": text})
+    result = building.build(drv)
+    assert (
+        result.status == BuildStatus.MISC_FAILURE and f"has incorrect output '{victim}', should be" in result.errorMsg
+    )
+    assert not building.store.validPaths.queryValidPaths([drv.outputs["out"].path])
+
+
 def outputsOf(store, drv, **paths):
     """The derivation with its outputs at other paths, as a client may say it."""
     outputs = {name: DerivationOutput(StorePath(path)) for name, path in paths.items()}

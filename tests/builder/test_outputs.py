@@ -19,7 +19,7 @@ from nixserve.codec.contentaddress import ContentAddress
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput, outputPaths, parseDerivation
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.storepath import StorePath
-from nixserve.errors import BuildError, StoreError
+from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.durability import Durability
 from nixserve.store.files import deletePath, dumpPath, hashPath
@@ -197,7 +197,7 @@ def test_outputCalledLikeADerivation(diverted, nix, how):
     for contents in (b"none", derivationText(add(diverted, "y")), {"drv": text}, Executable(text)):
         build = drvBuild(diverted, how, contents)
         build.write(out=contents)
-        with pytest.raises((BuildError, StoreError), match=r"derivation|not a regular file"):
+        with pytest.raises((FormatError, StoreError), match=r"derivation|not a regular file"):
             build.register()
         assert not any(path.isDerivation for path in diverted.validPaths.queryAllValidPaths())
     build = drvBuild(diverted, how, text)
