@@ -53,7 +53,7 @@ from nixserve.store.contents import (
 from nixserve.store.files import deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.opening import fileSystemErrors
-from nixserve.store.pathlocks import PathLocks, moveInto, vacate
+from nixserve.store.pathlocks import LOCK_SUFFIX, NoLockFile, PathLocks, moveInto, vacate
 from nixserve.store.restoring import PathRestorer, restoreNar
 from nixserve.store.roots import TempRoots
 from nixserve.store.uploads import Uploads, UploadWait
@@ -193,8 +193,31 @@ class Adder:
         Step 6. Of a path that is locked for us there is nothing to take and nothing to release.
 
         @raise Busy: somebody holds it.
+        @raise NoLockFile: a valid path lies where the lock file would be.
         """
-        return PathLocks([] if path in self.lockedForUs else [self.layout.realPath(path)])
+        real = [] if path in self.lockedForUs else [self.layout.realPath(path)]
+        try:
+            return PathLocks(real)
+        except NoLockFile:
+            if not self._clear(path + LOCK_SUFFIX):
+                raise
+        return PathLocks(real)
+
+    def _clear(self, name: str) -> bool:
+        """
+        Remove what is left of an object that was not completed, as is done when that object is added.
+
+        @param name: a logical path, if it is one.
+        @return: whether there can be anything no more; not if it is valid.
+        @raise Busy: somebody is adding it.
+        """
+        try:
+            lock = self.lockInvalid(self.layout.storeDir.parse(name))
+        except FormatError:
+            return False
+        if lock is not None:
+            lock.unlock()
+        return lock is not None
 
     def _make(self, info: ValidPathInfo, nar: bytes, valid: Collection[StorePath]) -> Outputs:
         """

@@ -40,7 +40,7 @@ from nixserve.store.api import Busy
 from nixserve.store.files import deletePath
 from nixserve.store.opening import fileSystemErrors
 
-__all__ = ["LOCK_SUFFIX", "PathLocks", "moveInto", "vacate"]
+__all__ = ["LOCK_SUFFIX", "NoLockFile", "PathLocks", "moveInto", "vacate"]
 
 LOCK_SUFFIX: Final = ".lock"
 
@@ -62,6 +62,10 @@ _OPEN_FLAGS: Final = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _SANDBOX_SUFFIX: Final = ".drv.chroot"
 
 
+class NoLockFile(StoreError):
+    """Something else lies where the lock file of a path would be: an object, or what is left of one."""
+
+
 class PathLocks:
     """
     The locks of one or more store paths, held from construction until L{unlock} or L{abandon}.
@@ -76,7 +80,8 @@ class PathLocks:
 
         @param realPaths: physical paths of objects. Their temporary roots must be recorded already.
         @raise Busy: somebody holds one of them.
-        @raise StoreError: the file system refuses, or something else lies where a lock file would be.
+        @raise NoLockFile: something else lies where a lock file would be.
+        @raise StoreError: the file system refuses.
         """
         self._held: list[tuple[int, str]] = []
         try:
@@ -188,7 +193,8 @@ def _open(lockPath: str) -> int:
     Make a lock file, or open the one that is there.
 
     @return: its file descriptor; -1 if it was removed meanwhile.
-    @raise StoreError: there is something else, or the file system refuses.
+    @raise NoLockFile: there is something else.
+    @raise StoreError: the file system refuses.
     """
     with fileSystemErrors(f"cannot open lock file '{lockPath}'"):
         try:
@@ -207,7 +213,7 @@ def _isOurs(fd: int, lockPath: str) -> bool:
 
     @return: whether the lock counts; if not, start over with what is under the name then.
     @raise BlockingIOError: somebody else holds it.
-    @raise StoreError: it is no lock file.
+    @raise NoLockFile: it is none.
     """
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     opened = os.fstat(fd)
@@ -223,10 +229,10 @@ def _isOurs(fd: int, lockPath: str) -> bool:
 
 def _requireLockFile(status: os.stat_result, lockPath: str) -> None:
     """
-    @raise StoreError: this is no lock file.
+    @raise NoLockFile: this is none.
     """
     if not _isLockFile(status, lockPath):
-        raise StoreError(
+        raise NoLockFile(
             f"cannot lock '{lockPath.removesuffix(LOCK_SUFFIX)}': '{lockPath}' is no lock file; if it is no valid path "
             "either, a garbage collection removes it"
         )

@@ -2,6 +2,7 @@
 L{nixserve.store.local}: the contract on disk, and what only a store on disk has.
 """
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -17,7 +18,7 @@ import pytest
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.nar import regularStart
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.errors import StoreError, UsageError
+from nixserve.errors import NixServeError, StoreError, UsageError
 from nixserve.store import adding
 from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.layout import StoreLayout
@@ -765,6 +766,29 @@ def test_lockFileThatWasLeft(store, layout):
     with pytest.raises(StoreError):
         addObject(store.openSession(), replace(info, narHash=hashBytes("sha256", b"")), HELLO)
     addObject(store.openSession(), under(info, ".lock"), HELLO)
+
+
+def test_halfAnObjectInPlaceOfALockFile(store, layout):
+    """What is left of an object that is called like a lock file gives way; one that is on its way is waited for."""
+    for number, nar in enumerate((HELLO, TREE)):
+        for way in range(3):
+            info = makeInfo(f"Cargo-{number}-{way}", HELLO)
+            lock = under(info, ".lock", nar)
+            writer = store.openSession().addToStore(lock)
+            writer.feed(nar[:-100] if nar is TREE else nar[:60])
+            with open(layout.realPath(lock.path), "ab") if nar is HELLO else contextlib.nullcontext():
+                os.chmod(layout.realPath(lock.path), 0o555)
+            with pytest.raises(Busy, match=r"the lock on '.*-Cargo-.*\.lock'"):
+                adders(info, HELLO)[way](store.openSession())
+            writer.abort()
+            assert os.path.lexists(layout.realPath(lock.path))
+            adders(info, HELLO)[way](store.openSession())
+            assert not os.path.lexists(layout.realPath(lock.path))
+    # No object can be called like this lock file, so it is not for us to say what it is.
+    info = makeInfo("x" * 208, HELLO)
+    os.mkdir(layout.realPath(info.path) + ".lock")
+    with pytest.raises(NixServeError):
+        addObject(store.openSession(), info, HELLO)
 
 
 def test_bothInOneBatch(store):
