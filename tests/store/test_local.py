@@ -2,7 +2,6 @@
 L{nixserve.store.local}: the contract on disk, and what only a store on disk has.
 """
 
-import contextlib
 import os
 import shutil
 import sqlite3
@@ -24,6 +23,7 @@ from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.store.pathlocks import PathLocks
+from nixserve.store.restoring import restorePath
 from nixserve.store.uploads import LONGEST_WAIT, LOOK_SECONDS, WORTHWHILE
 from nixserve.testing import Executable, StoreContract, addObject, makeInfo, makeNar
 
@@ -774,13 +774,13 @@ def test_halfAnObjectInPlaceOfALockFile(store, layout):
         for way in range(3):
             info = makeInfo(f"Cargo-{number}-{way}", HELLO)
             lock = under(info, ".lock", nar)
-            writer = store.openSession().addToStore(lock)
-            writer.feed(nar[:-100] if nar is TREE else nar[:60])
-            with open(layout.realPath(lock.path), "ab") if nar is HELLO else contextlib.nullcontext():
-                os.chmod(layout.realPath(lock.path), 0o555)
+            held = PathLocks([layout.realPath(lock.path)])
+            restorePath(layout.realPath(lock.path), [nar])
+            session = store.openSession()
             with pytest.raises(Busy, match=r"the lock on '.*-Cargo-.*\.lock'"):
-                adders(info, HELLO)[way](store.openSession())
-            writer.abort()
+                adders(info, HELLO)[way](session)
+            session.close()
+            held.abandon()
             assert os.path.lexists(layout.realPath(lock.path))
             adders(info, HELLO)[way](store.openSession())
             assert not os.path.lexists(layout.realPath(lock.path))
