@@ -298,6 +298,39 @@ def test_badLineIsLoggedAndPassedOver(tmp_path):
     assert len(keys.find(OTHER.public().blob())) == 1
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'command="nix-store --serve --option restrict-eval true"',
+        'command="NIX_REMOTE=daemon nix-store --serve"',
+        'command="nix-store --serve --rights read --rights read"',
+        'command="nix-store --serve",command="nix-store --serve"',
+        "command=nix-store",
+        'command="nix-store --serve',
+        'command="nix-store --serve"x',
+        'command ="nix-store --serve"',
+        'from=""',
+        'from="10.0.0.1",from="10.0.0.2"',
+        'from="somewhere.example"',
+        'expiry-time="tomorrow"',
+        'expiry-time="٢٠٩٩٠١٠١"',
+        'restrict=""',
+        "restrict,",
+        "restrict,,no-pty",
+    ],
+)
+def test_oddLines(tmp_path, line):
+    """An option that is not understood, odd in its quotes or given twice lets nobody in; a line says which and why."""
+    path = str(tmp_path / "authorized_keys")
+    write(path, f"# a comment\n{line} {LINE}\n")
+    keys = AuthorizedKeysFile(path)
+    with capturedLogs() as events:
+        assert keys.find(BLOB) == []
+    (event,) = events
+    assert (event["path"], event["line"]) == (path, 2)
+    assert event["reason"].isprintable()
+
+
 def outcome(checker, signature=None, data=b"to be signed", blob=BLOB, address=""):
     results = []
     credentials = KeyCredentials(b"me", b"ssh-ed25519", blob, data, signature, address)

@@ -4,13 +4,14 @@ What others can make the endpoint write to its log: none of their bytes as they 
 
 import io
 import struct
+from random import Random
 
 import pytest
 import pytest_twisted
 from twisted.conch.ssh.common import NS
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.logger import globalLogPublisher, textFileLogObserver
+from twisted.logger import capturedLogs, formatEvent, globalLogPublisher, textFileLogObserver
 
 from nixserve.ssh.client import SSHError
 from nixserve.ssh.keys import AuthorizedKeysFile
@@ -198,7 +199,7 @@ async def test_usersNames(makeServer, log):
 
 @pytest_twisted.ensureDeferred
 async def test_logOfAnHonestConnection(makeServer, log):
-    """Who logs in and works is in the log with address, key, session and command."""
+    """Who logs in and works is in the log with address, key, session and command: two lines, and none of Conch's."""
     server = makeServer()
     recorder = await connect(server, b"status 0\n")
     await within(reactor, 10, recorder.ended)
@@ -206,6 +207,7 @@ async def test_logOfAnHonestConnection(makeServer, log):
     assert "logged in with SHA256:" in text
     assert "me@here" in text
     assert "session 1 with the rights read,write,build,trust: nix-store --serve --write" in text
+    assert text.count("\n") == 2
 
 
 @pytest_twisted.ensureDeferred
@@ -216,6 +218,43 @@ async def test_channelsAreNotForgotten(makeServer):
     serviceOf(recorder).transport.sendPacket(92, struct.pack(">2L", 0, 1) + NS(b"x") + NS(b""))
     await within(reactor, 5, server.sessions.all[0].ended)
     await until(reactor, lambda: not server.factory.connections)
+
+
+NAMES_OF_REQUESTS = [b"session", b"exec", b"shell", b"env", b"signal", b"exit-status", b"tcpip-forward", EVIL]
+
+
+def randomPayload(random):
+    """Fields of the kinds that messages consist of, in no order."""
+    kinds = [
+        lambda: struct.pack(">L", random.choice([0, 1, 2, 3, 100, 2**31, 2**32 - 1])),
+        lambda: NS(random.choice(NAMES_OF_REQUESTS)),
+        lambda: NS(b"nix-store --serve"),
+        lambda: random.randbytes(random.randrange(30)),
+        lambda: bytes([random.randrange(2)]),
+    ]
+    return b"".join(random.choice(kinds)() for _ in range(random.randrange(6)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest_twisted.ensureDeferred
+async def test_randomMessages(makeServer, log, seed):
+    """Whatever messages a client with a key sends, it provokes no traceback, and leaves nothing behind."""
+    server = makeServer()
+    random = Random(seed)
+    with capturedLogs() as events:
+        for _ in range(12):
+            recorder = await connect(server, b"echo\n")
+            transport = serviceOf(recorder).transport
+            serviceOf(recorder).packetReceived = transport.ssh_UNIMPLEMENTED = lambda *_: None
+            for _ in range(40):
+                if not transport._ending:
+                    transport.sendPacket(random.choice([*range(2, 8), *range(80, 83), *range(90, 101), 98, 98, 200]),
+                                         randomPayload(random))  # fmt: skip
+            transport.sendDisconnect(11, EVIL)
+            await until(reactor, lambda: not server.factory.connections)
+    assert [formatEvent(event) for event in events if event["log_level"].name in ("critical", "error")] == []
+    assert log.getvalue().replace("\n", "").replace("\t", "").isprintable()
+    await until(reactor, lambda: all(session.lost is not None for session in server.sessions.all))
 
 
 HOSTS_WORDS = {
