@@ -13,21 +13,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from nixserve.codec.text import decodeText, encodeText
 from nixserve.errors import FormatError
 
-__all__ = ["ATermReader", "BadATerm", "quote", "quoteRaw", "writeList"]
+__all__ = ["MAX_STRINGS", "ATermReader", "BadATerm", "quote", "quoteRaw", "writeList"]
 
 T = TypeVar("T")
 
-# Stand for an escaped backslash and an escaped quote while reading. Decoded text has no surrogates in this range.
-_BACKSLASH = "\ud800"
-_QUOTE = "\ud801"
+MAX_STRINGS: Final = 250_000
+"""Strings in one text, so that what is made of it is not many times as large. Derivations of NixOS systems have some
+thousands; one that used 100,000 others would fit."""
 
-_searchSpecial = re.compile(f"[\\\\\n\r\t{_BACKSLASH}{_QUOTE}]").search
-_searchRawControl = re.compile("[\n\r\t]").search
+# Possessive repetitions: nothing is remembered for each of millions of escapes.
+_matchString = re.compile(rb'"([^"\\\n\r\t]*+(?:\\[nrt"\\][^"\\\n\r\t]*+)*+)"').match
+_matchRaw = re.compile(rb'"([^"\\]*+)"').match
+_matchAny = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL).match
+_searchControl = re.compile(rb"[\n\r\t]").search
 
 # How much of the text an error shows.
 _EXCERPT_LENGTH = 20
@@ -39,49 +42,51 @@ class BadATerm(FormatError):
 
 class ATermReader:
     """
-    Reads one text from its beginning, in time proportional to its length however long its strings are.
+    Reads one text from its beginning, in time and memory proportional to its length however long its strings are.
 
     Each method consumes what it names or raises L{BadATerm}.
     """
 
-    __slots__ = ("_position", "_text")
+    __slots__ = ("_data", "_position", "_strings")
 
     def __init__(self, data: bytes) -> None:
-        # Once both are out of the way, every quote left delimits a string. Pairs of backslashes first: a run of
-        # backslashes within a string begins with an escape, and outside of strings none can be.
-        self._text = decodeText(data).replace("\\\\", _BACKSLASH).replace('\\"', _QUOTE)
+        self._data = data
         self._position = 0
+        self._strings = 0
 
-    def expect(self, token: str) -> None:
+    def expect(self, token: bytes) -> None:
         """Consume exactly C{token}."""
         if not self.accept(token):
-            raise self.error(f"expected string '{token}'")
+            raise self.error(f"expected string '{decodeText(token)}'")
 
-    def accept(self, token: str) -> bool:
+    def accept(self, token: bytes) -> bool:
         """Consume C{token} if it comes next, and say whether it did."""
-        if not self._text.startswith(token, self._position):
+        if not self._data.startswith(token, self._position):
             return False
         self._position += len(token)
         return True
 
     def string(self) -> str:
         """Consume a quoted string and undo its escapes."""
-        body = self._untilQuote()
-        if not _searchSpecial(body):
-            return body
-        if _searchRawControl(body):
-            raise self.error("string with a line feed, carriage return or tab that is not escaped, right before this")
-        body = body.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
-        if "\\" in body:
+        match = _matchString(self._data, self._position)
+        if match is None:
+            if _searchControl(self._untilQuote()):
+                what = "a line feed, carriage return or tab that is not escaped"
+                raise self.error(f"string with {what}, right before this")
             raise self.error("string with an escape that Nix does not write, right before this")
-        return body.replace(_QUOTE, '"').replace(_BACKSLASH, "\\")
+        body = self._consume(match)
+        if b"\\" in body:
+            # Python knows each of these five escapes as the same, and leaves all other bytes as they are.
+            body = body.decode("unicode_escape").encode("latin-1")
+        return decodeText(body)
 
     def rawString(self) -> str:
         """Consume a quoted string of the sort that is written raw."""
-        body = self._untilQuote()
-        if "\\" in body or _BACKSLASH in body or _QUOTE in body:
+        match = _matchRaw(self._data, self._position)
+        if match is None:
+            self._untilQuote()
             raise self.error("string with an escape where none can be, right before this")
-        return body
+        return decodeText(self._consume(match))
 
     def items(self, readItem: Callable[[], T]) -> list[T]:
         """
@@ -89,65 +94,68 @@ class ATermReader:
 
         @param readItem: consumes one element.
         """
-        self.expect("[")
-        if self.accept("]"):
+        self.expect(b"[")
+        if self.accept(b"]"):
             return []
         items = [readItem()]
-        while self.accept(","):
+        while self.accept(b","):
             items.append(readItem())
-        self.expect("]")
+        self.expect(b"]")
         return items
 
     def finish(self) -> None:
         """Make sure that nothing follows."""
-        if self._position < len(self._text):
+        if self._position < len(self._data):
             raise self.error("expected the end")
 
     def error(self, message: str) -> BadATerm:
         """
         @return: an error that tells where the reader stands.
         """
-        rest = _withEscapes(self._text[self._position : self._position + _EXCERPT_LENGTH])
-        offset = len(encodeText(_withEscapes(self._text[: self._position])))
-        return BadATerm(message, found=ascii(rest) if rest else "the end", offset=offset)
+        # No character has more than four bytes.
+        rest = decodeText(self._data[self._position : self._position + 4 * _EXCERPT_LENGTH])[:_EXCERPT_LENGTH]
+        return BadATerm(message, found=ascii(rest) if rest else "the end", offset=self._position)
 
-    def _untilQuote(self) -> str:
-        self.expect('"')
-        end = self._text.find('"', self._position)
-        if end < 0:
+    def _consume(self, match: re.Match[bytes]) -> bytes:
+        self._strings += 1
+        if self._strings > MAX_STRINGS:
+            raise self.error(f"more than {MAX_STRINGS} strings in a derivation are refused")
+        self._position = match.end()
+        return match[1]
+
+    def _untilQuote(self) -> bytes:
+        """Consume a string of which it is known that something is wrong, up to its end."""
+        match = _matchAny(self._data, self._position)
+        if match is None:
+            self.expect(b'"')
             raise self.error("unterminated string in derivation")
-        body = self._text[self._position : end]
-        self._position = end + 1
-        return body
+        return self._consume(match)
 
 
-def quote(text: str) -> str:
+def quote(text: str) -> bytes:
     """
     @return: C{text} with its escapes, in quotes.
     """
-    if '"' in text or "\\" in text:
-        text = text.replace("\\", "\\\\").replace('"', '\\"')
-    if _searchRawControl(text):
-        text = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-    return f'"{text}"'
+    data = encodeText(text)
+    if b'"' in data or b"\\" in data:
+        data = data.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    if _searchControl(data):
+        data = data.replace(b"\n", b"\\n").replace(b"\r", b"\\r").replace(b"\t", b"\\t")
+    return b'"%b"' % data
 
 
-def quoteRaw(text: str) -> str:
+def quoteRaw(text: str) -> bytes:
     """
     @return: C{text} in quotes as it is.
     @raise FormatError: it needs escapes. Nix would write a text that means another derivation.
     """
     if '"' in text or "\\" in text:
         raise FormatError("this string of a derivation can have no quotes and backslashes", found=ascii(text[:100]))
-    return f'"{text}"'
+    return b'"%b"' % encodeText(text)
 
 
-def writeList(items: Iterable[str]) -> str:
+def writeList(items: Iterable[bytes]) -> bytes:
     """
     @param items: the elements, written already.
     """
-    return f"[{','.join(items)}]"
-
-
-def _withEscapes(text: str) -> str:
-    return text.replace(_BACKSLASH, "\\\\").replace(_QUOTE, '\\"')
+    return b"[%b]" % b",".join(items)

@@ -44,6 +44,12 @@ __all__ = [
 K = TypeVar("K", bound=str)
 V = TypeVar("V")
 
+#: Characters of a derivation that is kept while its inputs are looked at. Most have some thousands.
+MAX_KEPT_SIZE = 256 * 1024
+
+#: What an entry counts besides.
+_ENTRY_SIZE = 100
+
 #: Stands in the place of the hash of an impure output.
 _IMPURE = "impure"
 
@@ -219,59 +225,59 @@ class _DerivationReader:
 
     def derivation(self) -> Derivation:
         terms = self.terms
-        if terms.accept("DrvWithVersion("):
+        if terms.accept(b"DrvWithVersion("):
             raise terms.error(f"derivation '{self.name}' has the form 'DrvWithVersion', which is not supported")
-        if not terms.accept("Derive("):
+        if not terms.accept(b"Derive("):
             raise terms.error("derivation does not start with 'Derive' or 'DrvWithVersion'")
         outputs = self.ascending("outputs", terms.items(self.output))
-        terms.expect(",")
+        terms.expect(b",")
         inputDrvs = self.ascending("input derivations", terms.items(self.inputDrv))
-        terms.expect(",")
+        terms.expect(b",")
         inputSrcs = self.ascending("input sources", [(path, path) for path in terms.items(self.storePath)])
-        terms.expect(",")
+        terms.expect(b",")
         platform = terms.rawString()
-        terms.expect(",")
+        terms.expect(b",")
         builder = terms.string()
-        terms.expect(",")
+        terms.expect(b",")
         args = tuple(terms.items(terms.string))
-        terms.expect(",")
+        terms.expect(b",")
         env = self.ascending("environment variables", terms.items(self.variable))
-        terms.expect(")")
+        terms.expect(b")")
         terms.finish()
         return Derivation(self.name, outputs, frozenset(inputSrcs), platform, builder, args, env, inputDrvs)
 
     def output(self) -> tuple[str, DerivationOutput]:
-        self.terms.expect("(")
+        self.terms.expect(b"(")
         name = self.terms.rawString()
         checkName(name)
-        self.terms.expect(",")
-        path = None if self.terms.accept('""') else self.storePath()
-        self.terms.expect(",")
+        self.terms.expect(b",")
+        path = None if self.terms.accept(b'""') else self.storePath()
+        self.terms.expect(b",")
         hashAlgo = self.terms.rawString()
-        self.terms.expect(",")
+        self.terms.expect(b",")
         output = DerivationOutput(path, hashAlgo, self.terms.rawString())
         if output.contentAddress is not None and output.hash != output.contentAddress.hash.hex:
             raise BadDerivation(f"hash '{output.hash}' is not in base-16")
-        self.terms.expect(")")
+        self.terms.expect(b")")
         return name, output
 
     def inputDrv(self) -> tuple[StorePath, frozenset[str]]:
-        self.terms.expect("(")
+        self.terms.expect(b"(")
         path = self.storePath()
         derivationName(path)
-        self.terms.expect(",")
+        self.terms.expect(b",")
         names = self.ascending("wanted outputs", [(name, name) for name in self.terms.items(self.terms.rawString)])
         if not names:
             raise BadDerivation(f"inputDrvs entry for '{path}' specifies no outputs")
-        self.terms.expect(")")
+        self.terms.expect(b")")
         return path, frozenset(names)
 
     def variable(self) -> tuple[str, str]:
-        self.terms.expect("(")
+        self.terms.expect(b"(")
         name = self.terms.string()
-        self.terms.expect(",")
+        self.terms.expect(b",")
         value = self.terms.string()
-        self.terms.expect(")")
+        self.terms.expect(b")")
         return name, value
 
     def storePath(self) -> StorePath:
@@ -309,9 +315,10 @@ def unparse(
     masked: Collection[str] = drv.outputs if maskOutputs else ()
     outputs = (_writeOutput(name, drv.outputs[name], maskOutputs) for name in _bytewise(drv.outputs))
     inputs = (
-        f"({quoteRaw(key)},{writeList(map(quoteRaw, _bytewise(inputDrvs[key])))})" for key in _bytewise(inputDrvs)
+        b"(%b,%b)" % (quoteRaw(key), writeList(map(quoteRaw, _bytewise(inputDrvs[key]))))
+        for key in _bytewise(inputDrvs)
     )
-    env = (f"({quote(key)},{quote('' if key in masked else drv.env[key])})" for key in _bytewise(drv.env))
+    env = (b"(%b,%b)" % (quote(key), quote("" if key in masked else drv.env[key])) for key in _bytewise(drv.env))
     fields = [
         writeList(outputs),
         writeList(inputs),
@@ -321,15 +328,15 @@ def unparse(
         writeList(map(quote, drv.args)),
         writeList(env),
     ]
-    return encodeText(f"Derive({','.join(fields)})")
+    return b"Derive(%b)" % b",".join(fields)
 
 
-def _writeOutput(name: str, output: DerivationOutput, mask: bool) -> str:
+def _writeOutput(name: str, output: DerivationOutput, mask: bool) -> bytes:
     if mask:
-        return f'({quoteRaw(name)},"","","")'
+        return b'(%b,"","","")' % quoteRaw(name)
     ca = output.contentAddress
     hash = output.hash if ca is None else ca.hash.hex
-    return f"({quoteRaw(name)},{quoteRaw(output.path or '')},{quoteRaw(output.hashAlgo)},{quoteRaw(hash)})"
+    return b"(%b)" % b",".join(map(quoteRaw, (name, output.path or "", output.hashAlgo, hash)))
 
 
 def _bytewise(texts: Iterable[str]) -> list[str]:
@@ -355,7 +362,7 @@ def hashDerivationModulo(drv: Derivation, lookup: Lookup, storeDir: StoreDir, me
 
     The graph may be of any depth: no stack of Python's is needed for it.
 
-    @param lookup: finds the input derivations; called once for each that C{memo} lacks.
+    @param lookup: finds the input derivations; called once for each that C{memo} lacks, twice for a large one.
     @param memo: hashes of derivations found before, by path; those found now are added.
     @return: C{None} if it is deferred: the derivation or one that it uses has outputs whose paths are not known.
     @raise BadDerivation: outputs that do not go together, or input derivations that use each other in a circle.
@@ -395,14 +402,16 @@ def _outputPaths(
 
 def _hashInputs(drv: Derivation, lookup: Lookup, storeDir: StoreDir, memo: Memo) -> None:
     """Make sure that the memo has every input of C{drv} if its hash depends on them."""
-    # The derivations whose inputs are being hashed: each is an input of the one before it.
-    open_: dict[StorePath, Derivation] = {}
+    # The derivations whose inputs are being hashed: each is an input of the one before it. Large ones are not kept but
+    # looked up again: a chain of them would not fit into any memory.
+    open_: dict[StorePath, Derivation | None] = {}
     stack = _unknownInputs(drv, memo)
     while stack:
         path = stack[-1]
         if path not in open_ and path not in memo:
-            open_[path] = lookup(path)
-            missing = _unknownInputs(open_[path], memo)
+            opened = lookup(path)
+            open_[path] = opened if _size(opened) <= MAX_KEPT_SIZE else None
+            missing = _unknownInputs(opened, memo)
             for needed in missing:
                 if needed in open_:
                     raise BadDerivation(f"cycle detected in the inputs of derivation '{path}'", found=f"'{needed}'")
@@ -410,7 +419,13 @@ def _hashInputs(drv: Derivation, lookup: Lookup, storeDir: StoreDir, memo: Memo)
             continue
         stack.pop()
         if path in open_:
-            memo[path] = _hashModulo(open_.pop(path), storeDir, memo)
+            memo[path] = _hashModulo(open_.pop(path) or lookup(path), storeDir, memo)
+
+
+def _size(drv: Derivation) -> int:
+    """About how many characters there are in it, as far as whoever writes it can easily have many."""
+    entries = len(drv.env) + len(drv.args) + len(drv.outputs) + len(drv.inputSrcs) + len(drv.inputDrvs)
+    return sum(map(len, drv.args)) + sum(map(len, drv.env.values())) + _ENTRY_SIZE * entries
 
 
 def _unknownInputs(drv: Derivation, memo: Memo) -> list[StorePath]:

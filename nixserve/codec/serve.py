@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from nixserve.codec.aterm import MAX_STRINGS
 from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation
 from nixserve.codec.contentaddress import ContentAddress
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
@@ -332,12 +333,12 @@ def _writeBuildOptions(writer: Writer, options: BuildOptions, version: int) -> N
 
 
 def _readBasicDerivation(reader: Reader, storeDir: StoreDir, name: str) -> Parse[BasicDerivation]:
-    outputs = yield from reader.pairs(reader.text, lambda: _readDerivationOutput(reader, storeDir))
+    outputs = yield from reader.pairs(reader.text, lambda: _readDerivationOutput(reader, storeDir), MAX_STRINGS)
     inputSrcs = yield from readPathSet(reader, storeDir)
     platform = yield from reader.text()
     builder = yield from reader.text()
-    args = yield from reader.strings()
-    env = yield from reader.pairs(reader.text, reader.text)
+    args = yield from reader.strings(most=MAX_STRINGS)
+    env = yield from reader.pairs(reader.text, reader.text, MAX_STRINGS)
     return BasicDerivation(
         name=name,
         outputs=outputs,

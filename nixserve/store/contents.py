@@ -45,8 +45,12 @@ __all__ = [
     "sizeMismatch",
 ]
 
-#: Bytes of a .drv file that are read into memory at most: some hundred times the largest known.
-MAX_DERIVATION_SIZE: Final = 64 * 1024 * 1024
+#: Bytes of a .drv file that are read into memory at most: as many as a single string of the protocol, in which it could
+#: be asked for. The largest of Nixpkgs have some MiB.
+MAX_DERIVATION_SIZE: Final = 16 * 1024 * 1024
+
+#: Hashes of derivations that are remembered: more than all of Nixpkgs has.
+MAX_REMEMBERED: Final = 200_000
 
 #: Bytes in the path of a file in an object: the kernel's PATH_MAX without the NUL.
 MAX_PATH_SIZE: Final = 4095
@@ -316,6 +320,8 @@ def derivationOutputs(
     if not path.isDerivation:
         return {}
     drv = lookup(path)
+    if len(memo) > MAX_REMEMBERED:
+        memo.clear()
     checkDerivationOutputs(path, drv, lookup, storeDir, memo)
     return {name: output.path for name, output in drv.outputs.items() if output.path is not None}
 

@@ -1,12 +1,13 @@
 """The ATerm subset of .drv files."""
 
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nixserve.codec.aterm import ATermReader, BadATerm, quote, quoteRaw, writeList
+from nixserve.codec.aterm import MAX_STRINGS, ATermReader, BadATerm, quote, quoteRaw, writeList
 from nixserve.codec.text import decodeText, encodeText
 from nixserve.errors import FormatError
 from tests import strategies
@@ -31,7 +32,7 @@ STRINGS = [
 @pytest.mark.parametrize(("text", "data"), STRINGS)
 def test_strings(text, data):
     """Each string, both ways."""
-    assert encodeText(quote(text)) == data
+    assert quote(text) == data
     reader = ATermReader(data)
     assert reader.string() == text
     reader.finish()
@@ -40,7 +41,7 @@ def test_strings(text, data):
 @given(st.lists(strategies.derivationTexts()))
 def test_roundTrip(texts):
     """Any strings, one after the other, read back as they are."""
-    reader = ATermReader(encodeText(writeList(map(quote, texts))))
+    reader = ATermReader(writeList(map(quote, texts)))
     assert reader.items(reader.string) == texts
     reader.finish()
 
@@ -55,7 +56,7 @@ def test_readsOnlyWhatIsWritten(body):
         reader.finish()
     except BadATerm:
         return
-    assert encodeText(writeList(map(quote, texts))) == data
+    assert writeList(map(quote, texts)) == data
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_badStrings(data, message):
 def test_rawStrings():
     """A raw string can hold anything but quotes and backslashes, both ways."""
     for text in ("", "x86_64-linux", "a\nb", "é", "\udcff"):
-        assert quoteRaw(text) == f'"{text}"'
+        assert quoteRaw(text) == encodeText(f'"{text}"')
         assert ATermReader(encodeText(f'"{text}"')).rawString() == text
     for text in ('"', "\\", 'a\\"b', "\\\\"):
         with pytest.raises(FormatError, match="no quotes and backslashes"):
@@ -101,7 +102,7 @@ def test_lists(data):
     reader = ATermReader(data)
     texts = reader.items(reader.string)
     reader.finish()
-    assert encodeText(writeList(map(quote, texts))) == data
+    assert writeList(map(quote, texts)) == data
 
 
 @pytest.mark.parametrize(
@@ -118,12 +119,12 @@ def test_badLists(data):
 def test_expectAndFinish():
     """Tokens come in order and nothing comes behind."""
     reader = ATermReader(b"Derive(x")
-    assert not reader.accept("(")
-    assert reader.accept("Derive")
-    reader.expect("(")
+    assert not reader.accept(b"(")
+    assert reader.accept(b"Derive")
+    reader.expect(b"(")
     with pytest.raises(BadATerm, match="expected the end: found 'x' at offset 7"):
         reader.finish()
-    reader.expect("x")
+    reader.expect(b"x")
     reader.finish()
 
 
@@ -144,7 +145,7 @@ def test_longStrings(unit):
     data = b'"' + unit * count + b'"'
     start = time.process_time()
     text = ATermReader(data).string()
-    assert len(encodeText(quote(text))) == len(data)
+    assert len(quote(text)) == len(data)
     assert time.process_time() - start < 5
 
 
@@ -156,3 +157,25 @@ def test_longGarbage():
         with pytest.raises(BadATerm):
             reader.items(reader.string)
     assert time.process_time() - start < 10
+
+
+def test_manyStrings():
+    """What is made of a text is not many times as large as the text: it has so many strings and no more."""
+    for item in (b'""', b'"a"', rb'"\n"'):
+        reader = ATermReader(b"[" + b",".join([item] * MAX_STRINGS) + b"]")
+        assert len(reader.items(reader.string)) == MAX_STRINGS
+        reader = ATermReader(b"[" + b",".join([item] * (MAX_STRINGS + 1)) + b"]")
+        with pytest.raises(BadATerm, match=f"more than {MAX_STRINGS} strings in a derivation are refused"):
+            reader.items(reader.rawString if item != rb'"\n"' else reader.string)
+
+
+@pytest.mark.parametrize("unit", [rb"\"", rb"\nx", rb"\\", b"x"])
+def test_memory(unit):
+    """Reading and writing take a few times the memory of the text, also if a character in it makes all of them wide."""
+    data = '"\U0001f600'.encode() + unit * (2**22 // len(unit)) + b'"'
+    tracemalloc.start()
+    try:
+        assert quote(ATermReader(data).string()) == data
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(data)
+    finally:
+        tracemalloc.stop()

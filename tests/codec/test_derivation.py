@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from nixserve.codec.aterm import BadATerm
 from nixserve.codec.contentaddress import ContentAddress
 from nixserve.codec.derivation import (
+    MAX_KEPT_SIZE,
     BadDerivation,
     BasicDerivation,
     Derivation,
@@ -227,12 +229,12 @@ def test_inputsOfFixedAreNotLookedUp():
     assert hashDerivationModulo(drv, {}.__getitem__, STORE, {}) is not None
 
 
-def chainOf(length):
+def chainOf(length, **fields):
     """Derivations each of which uses the one before it, by path."""
     graph = {}
     inputDrvs = {}
     for i in range(length):
-        drv = small(name=f"x{i}", inputDrvs=inputDrvs)
+        drv = small(name=f"x{i}", inputDrvs=inputDrvs, **fields)
         path = StorePath(f"/nix/store/{i:032}-x{i}.drv")
         graph[path] = drv
         inputDrvs = {path: frozenset({"out"})}
@@ -245,6 +247,26 @@ def test_deepGraph():
     memo = {}
     assert hashDerivationModulo(last, graph.__getitem__, STORE, memo) is not None
     assert len(memo) == 4999
+
+
+@pytest.mark.parametrize("fields", [{"env": {"x": "x" * MAX_KEPT_SIZE}}, {"args": ("x" * MAX_KEPT_SIZE,)}, {}])
+def test_chainOfLargeOnes(fields):
+    """Of a chain of large derivations only one is in memory at a time: each is looked up again when it is its turn."""
+    graph, last = chainOf(10, **fields)
+    looked, memo, expected = Counter(), {}, {}
+
+    def looking(path):
+        looked[path] += 1
+        # Another one each time, as from a store.
+        return dataclasses.replace(graph[path])
+
+    found = hashDerivationModulo(last, looking, STORE, memo)
+    for drv in graph.values():
+        expected[drv.name] = hashDerivationModulo(drv, graph.__getitem__, STORE, {})
+    assert (
+        found == expected[last.name] and {path.name[:-4]: memo[path] for path in memo} | {last.name: found} == expected
+    )
+    assert set(looked.values()) == {2 if fields else 1}
 
 
 def test_cycle():

@@ -3,17 +3,27 @@ L{nixserve.store.contents}: what must be true of an object. Most of it is tested
 """
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
 from nixserve.codec.contentaddress import ContentAddress
+from nixserve.codec.derivation import Derivation, DerivationOutput, drvPathOf, outputPaths
 from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.codec.wire import MAX_STRING_SIZE
 from nixserve.errors import StoreError
 from nixserve.store import contents
-from nixserve.store.contents import HashModulo, checkContentAddress, readDerivation
+from nixserve.store.contents import (
+    MAX_DERIVATION_SIZE,
+    HashModulo,
+    checkContentAddress,
+    derivationOutputs,
+    readDerivation,
+)
 from nixserve.testing import makeInfo, makeNar
 
 HASH_PART = "c0s0sinnjqcd858h2lnk879jcixgh3h0"
+OUT = StorePath(f"/nix/store/{HASH_PART}-x")
 
 
 def modulo(data, cut, algo="sha256"):
@@ -66,3 +76,38 @@ def test_largeDerivation(monkeypatch):
     monkeypatch.setattr(contents, "MAX_DERIVATION_SIZE", 100)
     with pytest.raises(StoreError, match="is larger than 100 bytes"):
         readDerivation(StorePath(f"/nix/store/{HASH_PART}-x.drv"), [makeNar(bytes(101))], StoreDir())
+
+
+def test_largestDerivation():
+    """That is as much as a string of the protocol has; one larger is refused before it is together."""
+    path, pieces = StorePath(f"/nix/store/{HASH_PART}-x.drv"), []
+    assert MAX_DERIVATION_SIZE == MAX_STRING_SIZE
+
+    def dump():
+        nar = makeNar(bytes(4 * MAX_DERIVATION_SIZE))
+        for start in range(0, len(nar), 1 << 20):
+            pieces.append(start)
+            yield nar[start : start + (1 << 20)]
+
+    with pytest.raises(StoreError, match=f"is larger than {MAX_DERIVATION_SIZE} bytes"):
+        readDerivation(path, dump(), StoreDir())
+    assert len(pieces) == 17
+
+
+def test_rememberedDerivations(monkeypatch):
+    """A session remembers the hashes of so many derivations and no more."""
+    monkeypatch.setattr(contents, "MAX_REMEMBERED", 3)
+    memo, drvs = {}, {}
+
+    def add(platform, inputs):
+        bare = Derivation("x", {"out": DerivationOutput(OUT)}, frozenset(), platform, "b", (), {"out": ""}, inputs)
+        paths = outputPaths(bare, drvs.__getitem__, StoreDir(), {})
+        drv = replace(bare, outputs={name: DerivationOutput(path) for name, path in paths.items()}, env=paths)
+        path = drvPathOf(drv, StoreDir())
+        drvs[path] = drv
+        assert derivationOutputs(path, drvs.__getitem__, StoreDir(), memo) == paths
+        return path
+
+    for number in range(10):
+        add("top", {add(f"low{number}", {}): frozenset(["out"])})
+        assert 0 < len(memo) <= 4
