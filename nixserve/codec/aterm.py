@@ -141,7 +141,7 @@ def quote(text: str) -> bytes:
         data = data.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
     if _searchControl(data):
         data = data.replace(b"\n", b"\\n").replace(b"\r", b"\\r").replace(b"\t", b"\\t")
-    return b'"%b"' % data
+    return b'"' + data + b'"'
 
 
 def quoteRaw(text: str) -> bytes:
@@ -151,11 +151,11 @@ def quoteRaw(text: str) -> bytes:
     """
     if '"' in text or "\\" in text:
         raise FormatError("this string of a derivation can have no quotes and backslashes", found=ascii(text[:100]))
-    return b'"%b"' % encodeText(text)
+    return b'"' + encodeText(text) + b'"'
 
 
 def writeList(items: Iterable[bytes]) -> bytes:
     """
     @param items: the elements, written already.
     """
-    return b"[%b]" % b",".join(items)
+    return b"[" + b",".join(items) + b"]"

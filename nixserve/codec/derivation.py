@@ -315,10 +315,10 @@ def unparse(
     masked: Collection[str] = drv.outputs if maskOutputs else ()
     outputs = (_writeOutput(name, drv.outputs[name], maskOutputs) for name in _bytewise(drv.outputs))
     inputs = (
-        b"(%b,%b)" % (quoteRaw(key), writeList(map(quoteRaw, _bytewise(inputDrvs[key]))))
+        b"(" + quoteRaw(key) + b"," + writeList(map(quoteRaw, _bytewise(inputDrvs[key]))) + b")"
         for key in _bytewise(inputDrvs)
     )
-    env = (b"(%b,%b)" % (quote(key), quote("" if key in masked else drv.env[key])) for key in _bytewise(drv.env))
+    env = (b"(" + quote(key) + b"," + quote("" if key in masked else drv.env[key]) + b")" for key in _bytewise(drv.env))
     fields = [
         writeList(outputs),
         writeList(inputs),
