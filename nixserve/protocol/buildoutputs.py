@@ -9,8 +9,7 @@ and not whoever built it.
     contents in the way that it asks for.
 
 Contents are compared by the store that takes them: all it needs is the content address of whoever knows it, in the
-place of the remote's own. (Nix 2.8 believes the remote: build-remote.cc and copyStorePath look at the hash of the NAR
-alone.)
+place of the remote's own.
 """
 
 from __future__ import annotations
