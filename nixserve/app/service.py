@@ -31,15 +31,17 @@ from nixserve import __version__
 from nixserve.app.ownsocket import OwnSocket
 from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, parseStore, readConfig
 from nixserve.builder.local import LocalBuilder, SandboxMode
+from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.builder.sandbox import sandboxProblem
 from nixserve.errors import FormatError, NixServeError, UsageError
 from nixserve.protocol.builds import Builds
+from nixserve.protocol.descriptors import Descriptors
 from nixserve.protocol.interfaces import IBuilds
 from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Policy
 from nixserve.protocol.relay import RelayFactory
 from nixserve.protocol.sessions import ServeSessions
-from nixserve.protocol.workers import Workers
+from nixserve.protocol.workers import DEFAULT_THREADS, Workers
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.builds import RemoteBuilds
 from nixserve.remote.store import MAX_THREADS, RemoteStore
@@ -56,6 +58,10 @@ __all__ = ["FORCED_COMMAND", "CommandService", "Options", "ServeService", "makeS
 
 FORCED_COMMAND = "nix-store --serve --write"
 """What the invoking user's own keys may run when C{authorized_keys} is made at the first start."""
+
+
+FEW_SESSIONS = 64
+"""Room for fewer is worth a line in the log: one connection of a client may have so many."""
 
 
 class Options(usage.Options):
@@ -213,9 +219,12 @@ class ServeService(Service):
         else:
             builds = self._openLocal(place)
         assert self._store is not None and self._workers is not None, "they have just been made"
-        self.sessions = ServeSessions(self._store, self._workers, self._reactor, self._isServed(place), builds=builds)
+        descriptors = self._shareDescriptors(isinstance(place, RemoteAddress))
+        self.sessions = ServeSessions(
+            *(self._store, self._workers, self._reactor, self._isServed(place)), builds=builds, descriptors=descriptors
+        )
         numbers = itertools.count(1)
-        realm = ServeRealm(self.sessions, self._reactor, policy, numbers)
+        realm = ServeRealm(self.sessions, self._reactor, policy, numbers, descriptors)
         checker = AuthorizedKeysChecker(AuthorizedKeysFile(settings.authorizedKeys))
         self._ssh = ServeFactory(realm, checker, [hostKey], self._reactor)
         for text in settings.listen:
@@ -224,6 +233,19 @@ class ServeService(Service):
         relays = UNIXServerEndpoint(self._reactor, settings.socket, mode=0o600)
         self._listen(f"unix:{settings.socket}", relays, RelayFactory(self.sessions, policy, numbers))
         self.log.info("serving {store}; the host key is {key}", store=settings.store, key=fingerprint(hostKey.public()))
+
+    def _shareDescriptors(self, isRemote: bool) -> Descriptors:
+        settings = self.settings
+        local = (0, 0) if isRemote else (DEFAULT_THREADS, settings.maxJobs + settings.extraJobs)
+        limit = raiseOpenFiles()
+        descriptors = Descriptors(limit, *local)
+        if descriptors.sessions < FEW_SESSIONS:
+            self.log.warn(
+                "{limit} open files are enough for {count} sessions; a higher hard limit on them lets in more",
+                limit=limit,
+                count=descriptors.sessions,
+            )
+        return descriptors
 
     def _openLocal(self, layout: StoreLayout) -> IBuilds | None:
         """@return: who builds."""

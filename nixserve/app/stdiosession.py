@@ -27,6 +27,7 @@ from zope.interface import provider
 
 from nixserve.app.settings import chooseServedStore, defaultMaxJobs, logPath
 from nixserve.builder.local import LocalBuilder
+from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.codec.text import shownText
 from nixserve.errors import UsageError
 from nixserve.protocol.builds import Builds
@@ -56,6 +57,7 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
     _startLog(logPath(environ))
     runner: Any = reactor
     useMonotonicTime(runner)
+    raiseOpenFiles()
     workers = Workers(runner)
     place = chooseServedStore(command.storeURI, environ)
     builds: Builds | None = None

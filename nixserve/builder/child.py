@@ -34,10 +34,10 @@ those of root.
     C{uid}). C{uid}, C{gid}: of the builder on the host. C{ownUid}: nobody else uses that uid. For a build also
     C{terminal} and C{control}, inherited file descriptors; C{builder}, C{argv}, C{env}, C{cwd}, C{stdin} (bytes, or
     None for /dev/null); C{module}, a Python module to run instead of C{builder}, or nothing, and C{path}, where to
-    import from; C{maxProcesses}; C{filter}, a seccomp program; C{personality}; and C{sandbox}, None or a dict of
-    C{root}, C{writable} (directories below it), C{binds} (tuples of source, target below the root, and whether it may
-    be written), C{devices}, C{network}, C{networkHelper} (slirp4netns, for a network of its own that reaches the
-    host's; empty for that of the host itself), C{shmSize}.
+    import from; C{maxProcesses}; C{openFiles}, the limits on descriptors, soft and hard; C{filter}, a seccomp program;
+    C{personality}; and C{sandbox}, None or a dict of C{root}, C{writable} (directories below it), C{binds} (tuples of
+    source, target below the root, and whether it may be written), C{devices}, C{network}, C{networkHelper}
+    (slirp4netns, for a network of its own that reaches the host's; empty for that of the host itself), C{shmSize}.
 """
 
 from __future__ import annotations
@@ -469,8 +469,9 @@ def _openInput(data: bytes | None) -> int:
 
 
 def _limit(job: Job) -> None:
-    """umask, core dumps off for good, processes and threads limited."""
+    """umask, core dumps off for good, processes and threads limited, descriptors as they are for everybody."""
     os.umask(0o022)
+    resource.setrlimit(resource.RLIMIT_NOFILE, tuple(job["openFiles"]))
     # With 0 the kernel would still start the program that the host may have for core dumps, as root and outside all
     # namespaces; 1 means neither file nor program (Linux, fs/coredump.c).
     try:

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 
 from nixserve.builder import child
+from nixserve.builder.openfiles import childLimit
 from nixserve.codec.buildresult import BuildStatus
 from nixserve.errors import BuildError
 
@@ -109,7 +110,7 @@ def _launch(job: child.Job, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
     stdin = os.memfd_create("job", os.MFD_CLOEXEC)
     try:
         with open(stdin, "wb", closefd=False) as file:
-            marshal.dump(job, file)
+            marshal.dump(job | {"openFiles": childLimit()}, file)
         os.lseek(stdin, 0, os.SEEK_SET)
         # -I and -S: nothing of the user's or of site-packages is imported. A session of its own: Ctrl-C at the
         # server's terminal is for the server, which then ends its builds.

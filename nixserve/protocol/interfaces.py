@@ -77,6 +77,8 @@ class IServeSessions(Interface):
         A protocol that also provides L{twisted.internet.interfaces.IHalfCloseableProtocol}, to be connected
         to an L{IServeTransport}. C{readConnectionLost} is the client's EOF; C{connectionLost} ends the
         session, whatever it was doing.
+
+        @raise nixserve.errors.PolicyError: there are too many sessions.
         """
 
 

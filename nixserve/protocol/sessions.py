@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.interfaces import IProtocol, IReactorTime
 from zope.interface import implementer
 
+from nixserve.protocol.descriptors import SESSION, Descriptors
 from nixserve.protocol.interfaces import IBuilds, IServeSessions, IWorkers
 from nixserve.protocol.policy import Peer, Policy
 from nixserve.protocol.server import STALL_SECONDS, ServeServer
@@ -33,11 +34,14 @@ class ServeSessions:
         isServed: Callable[[str], bool] = lambda uri: False,
         stallSeconds: float = STALL_SECONDS,
         builds: IBuilds | None = None,
+        descriptors: Descriptors | None = None,
     ) -> None:
         """
+        @param descriptors: those that each session is given.
         @param isServed: does this URI mean C{store}?
         @param builds: who builds on C{store}; without, requests to build are refused.
         """
+        self._descriptors = descriptors or Descriptors()
         self._builds = builds
         self._store = store
         self._workers = workers
@@ -52,10 +56,16 @@ class ServeSessions:
 
     def buildSession(self, policy: Policy, peer: Peer) -> IProtocol:
         """See L{IServeSessions}."""
+        name = peer.key or peer.address
+        self._descriptors.take(name, SESSION)
         server = ServeServer(self._store, self._workers, policy, peer, self._clock, self._stallSeconds, self._builds)
         self._running.add(server)
-        server.ended.addCallback(lambda _: self._running.discard(server))
+        server.ended.addCallback(lambda _: self._ended(server, name))
         return server
+
+    def _ended(self, server: ServeServer, name: str) -> None:
+        self._running.discard(server)
+        self._descriptors.giveBack(name, SESSION)
 
     def __len__(self) -> int:
         """How many sessions are running."""

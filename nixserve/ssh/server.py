@@ -30,6 +30,7 @@ from zope.interface import Interface, implementer
 
 from nixserve.codec.text import shownText
 from nixserve.errors import PolicyError
+from nixserve.protocol.descriptors import CONNECTION, Descriptors
 from nixserve.protocol.interfaces import IServeSessions
 from nixserve.protocol.logbudget import LogBudget, LogBudgets
 from nixserve.protocol.peerlog import PeerLog
@@ -292,6 +293,8 @@ class ServeConnection(PacedConnection):
     """The sessions of one client that has logged in."""
 
     transport: ServeTransport
+    # Under which name its descriptor is counted.
+    _countedFor: str | None = None
 
     def serviceStarted(self) -> None:
         """The login is over."""
@@ -300,7 +303,22 @@ class ServeConnection(PacedConnection):
         avatar.address = self.transport.peerAddress
         avatar.log = self.transport.log
         self.transport.log.info("{peer} logged in with {key}", peer=avatar.peerText, key=str(avatar.entry))
+        name = str(avatar.entry)
+        try:
+            avatar.realm.descriptors.take(name, CONNECTION)
+        except PolicyError as error:
+            avatar.logRefusal("connection", str(error))
+            self.transport.sendDisconnect(transport.DISCONNECT_TOO_MANY_CONNECTIONS, str(error).encode())
+            return
+        self._countedFor = name
         super().serviceStarted()
+
+    def serviceStopped(self) -> None:
+        """The connection is gone."""
+        super().serviceStopped()
+        if self._countedFor is not None:
+            name, self._countedFor = self._countedFor, None
+            cast(ServeAvatar, self.transport.avatar).realm.descriptors.giveBack(name, CONNECTION)
 
     def ssh_CHANNEL_OPEN(self, packet: bytes) -> None:
         """
@@ -360,6 +378,9 @@ class ServeChannel(PacedChannel):
         )
         try:
             self.attach(self.avatar.realm.sessions.buildSession(command.policy, peer))
+        except PolicyError as error:
+            self.avatar.logRefusal(f"session {session}", str(error))
+            self.endWith(f"error: {error}")
         except Exception:
             self.avatar.log.failure("session {session} could not be built", session=session)
             self.endWith("error: internal error of the endpoint; its log says more")
@@ -460,6 +481,7 @@ class ServeRealm:
     @ivar sessions: makes the protocol of each session.
     @ivar clock: for delayed calls.
     @ivar defaultPolicy: the rights of keys without a forced command.
+    @ivar descriptors: for connections.
     """
 
     def __init__(
@@ -468,13 +490,16 @@ class ServeRealm:
         clock: IReactorTime,
         defaultPolicy: Policy = READ_ONLY,
         sessionNumbers: Iterator[int] | None = None,
+        descriptors: Descriptors | None = None,
     ) -> None:
         """
+        @param descriptors: those that each connection is given when it has logged in.
         @param sessionNumbers: where the numbers of sessions come from, if other endpoints count with this one.
         """
         self.sessions = sessions
         self.clock = clock
         self.defaultPolicy = defaultPolicy
+        self.descriptors = descriptors or Descriptors()
         self._numbers = itertools.count(1) if sessionNumbers is None else sessionNumbers
 
     def nextSession(self) -> int:

@@ -10,10 +10,12 @@ from typing import Self
 
 from nixserve.errors import StoreError
 
-__all__ = ["Walk", "chmodNode", "failure", "lstatNode", "unsupported"]
+__all__ = ["MAX_OPEN", "Walk", "chmodNode", "failure", "lstatNode", "unsupported"]
 
-# Descriptors of directories that one walk holds at most: deep trees are rare, threads that walk are not.
-_MAX_OPEN = 32
+MAX_OPEN = 12
+"""Descriptors of directories that one walk holds at most, besides the first: deeper trees are rare, and each session
+may have a walk. Further down, going up costs two more calls of the system."""
+
 _PARENT_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Characters of each end of a long path that a message shows.
@@ -72,7 +74,7 @@ class Walk:
         self._fds.append(fd)
         self._ids.append(None)
         self.fd = fd
-        if len(self._fds) - self._lowest >= _MAX_OPEN:
+        if len(self._fds) - self._lowest >= MAX_OPEN:
             self._ids[self._lowest] = _identity(self._fds[self._lowest])
             os.close(self._fds[self._lowest])
             self._fds[self._lowest] = -1

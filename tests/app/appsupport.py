@@ -98,7 +98,10 @@ class Service:
     @ivar port: of its SSH endpoint.
     """
 
-    def __init__(self, box, *options, endpoint="tcp:0:interface=127.0.0.1"):
+    def __init__(self, box, *options, endpoint="tcp:0:interface=127.0.0.1", **kwargs):
+        """
+        @param kwargs: for its process.
+        """
         self.box = box
         self.state = box.path / "state"
         self.socket = self.state / "serve.sock"
@@ -106,7 +109,7 @@ class Service:
         with open(self.logPath, "ab") as log:
             self.process = box.spawn(
                 "twistd", "-n", "--pidfile=", "nixserve", "--state", self.state, "--listen", endpoint, *options,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, **kwargs,
             )  # fmt: skip
         waitUntil(lambda: "serving " in self.log or self.process.poll() is not None)
         assert self.process.poll() is None, self.log
@@ -157,17 +160,18 @@ class Relay:
         self.process.stdin.write(b"".join(pieces))
         self.process.stdin.flush()
 
-    def beginToAdd(self):
+    def beginToAdd(self, name="half"):
         """The head of AddToStoreNar and a part of its NAR; returns when the server has begun to write it."""
-        baseName = "00000000000000000000000000000000-half"
+        baseName = f"00000000000000000000000000000000-{name}"
+        store = self.service.state / "store/nix/store"
+        before = set(store.glob("*-nixserve-import-*.lock"))
         self.send(
             *(number(9), string(f"/nix/store/{baseName}"), string(""), string("0" * 64), number(0), number(0)),
             *(number(1 << 20), number(0), number(0), string("")),
             *map(string, ("nix-archive-1", "(", "type", "regular", "contents")),
             *(number(1 << 19), b"x" * 1000),
         )
-        store = self.service.state / "store/nix/store"
-        waitUntil(lambda: list(store.glob("*-nixserve-import-*.lock")))
+        waitUntil(lambda: set(store.glob("*-nixserve-import-*.lock")) - before)
 
 
 def number(value):

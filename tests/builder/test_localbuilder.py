@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nixserve.builder import execution
+from nixserve.builder import execution, openfiles
 from nixserve.builder.local import BuildSettings, LocalBuilder, SandboxMode
 from nixserve.builder.process import CancelToken
 from nixserve.builder.sandbox import SandboxPath, findShell, sandboxProblem
@@ -635,6 +636,21 @@ def test_limitsOfTheServer(diverted, sandbox):
         f"output 'out' of '{limited.drvPath}' has more than 1000 bytes, the most that an output may have here",
     )
     assert limited.script("head -c 800 /dev/zero > $out").status == BuildStatus.BUILT
+
+
+def test_openFilesOfABuilder(building, monkeypatch):
+    """The server raises its limit on descriptors to the hard one; a builder has what the server was started with."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = before[1]
+    monkeypatch.setattr(openfiles, "_inherited", None)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (700, hard))
+    try:
+        assert openfiles.raiseOpenFiles() == openfiles.raiseOpenFiles() == hard > 700
+        result = building.script("echo $(ulimit -n) $(ulimit -Hn) > $out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    text = Path(building.store.layout.realPath(result.builtOutputs["out"].outPath)).read_text()
+    assert text == f"700 {hard}\n"
 
 
 def test_silence(building):
