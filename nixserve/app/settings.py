@@ -15,10 +15,9 @@ from typing import Any
 
 from nixserve.app.nixconf import NixConf
 from nixserve.app.statedirs import defaultStateDir
-from nixserve.builder.settings import BuildSettings, SandboxMode
+from nixserve.builder.settings import EXTRA_JOBS, BuildSettings, SandboxMode
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import FormatError, UsageError
-from nixserve.protocol.builds import EXTRA_JOBS
 from nixserve.remote.address import RemoteAddress
 from nixserve.store.durability import Durability
 from nixserve.store.layout import StoreDefaults, StoreLayout, chooseAutoRoot, parseStoreURI

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, replace
 from nixserve.builder.sandbox import SandboxPath, findShell
 from nixserve.codec.serve import BuildOptions
 
-__all__ = ["BuildSettings", "SandboxMode", "defaultSystemFeatures", "hostPlatforms"]
+__all__ = ["EXTRA_JOBS", "BuildSettings", "SandboxMode", "defaultSystemFeatures", "hostPlatforms"]
+
+EXTRA_JOBS = 1
+"""Builds beyond as many as may run at once, for clients that others keep from building. One does: they take turns."""
 
 
 class SandboxMode(enum.Enum):

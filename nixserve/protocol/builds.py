@@ -29,6 +29,7 @@ from zope.interface import implementer
 from nixserve.builder.local import LocalBuilder, PreparedBuild
 from nixserve.builder.plan import BuildPlan, PlannedBuild, PlanStore
 from nixserve.builder.process import CancelToken
+from nixserve.builder.settings import EXTRA_JOBS
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation
 from nixserve.codec.serve import BuildOptions, BuildPathsResult
@@ -42,12 +43,9 @@ from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
 
-__all__ = ["EXTRA_JOBS", "EXTRA_SECONDS", "BuildClient", "Builds"]
+__all__ = ["EXTRA_SECONDS", "BuildClient", "Builds"]
 
 T = TypeVar("T")
-
-EXTRA_JOBS = 1
-"""Builds beyond C{maxJobs}. One does: those who wait take turns with it."""
 
 EXTRA_SECONDS = 60.0
 """How long a client waits, all of whose builds wait, before one of them may be such a build."""
