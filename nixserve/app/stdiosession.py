@@ -18,6 +18,7 @@ from twisted.logger import (
     FilteringLogObserver,
     ILogObserver,
     LogEvent,
+    Logger,
     LogLevel,
     LogLevelFilterPredicate,
     globalLogBeginner,
@@ -29,7 +30,7 @@ from nixserve.app.settings import chooseServedStore, defaultMaxJobs, logPath
 from nixserve.builder.local import LocalBuilder
 from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.codec.text import shownText
-from nixserve.errors import UsageError
+from nixserve.errors import NixServeError, UsageError
 from nixserve.protocol.builds import Builds
 from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Peer, Policy, Right
@@ -47,6 +48,8 @@ from nixserve.store.ownpaths import requireOwn
 
 __all__ = ["serveStdio"]
 
+_log = Logger()
+
 
 def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
     """
@@ -55,6 +58,15 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
     @return: the exit status.
     """
     _startLog(logPath(environ))
+    try:
+        return _serve(command, environ)
+    except NixServeError as e:
+        # The client is told less.
+        _log.critical("cannot serve: {error}", error=e)
+        raise
+
+
+def _serve(command: ServeCommand, environ: Mapping[str, str]) -> int:
     runner: Any = reactor
     useMonotonicTime(runner)
     raiseOpenFiles()

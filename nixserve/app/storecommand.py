@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from nixserve import __version__
+from nixserve.codec.peertext import peerText
 from nixserve.codec.relay import MAX_FRAME, Frame, FrameReader, RelayHeader
 from nixserve.codec.terminal import onOneLine
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteError, UsageError
@@ -66,11 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, socketPath = _parse(arguments)
         if sys.stdin is not None and sys.stdin.isatty():
             raise UsageError("this speaks a protocol to a program, not to a person; " + _SYNOPSIS)
+    except NixServeError as e:
+        print(f"error: {onOneLine(str(e))}", file=sys.stderr)
+        return e.exitStatus
+    try:
         if socketPath is not None:
             return relay(socketPath, RelayHeader(str(command.policy), command.storeURI or ""))
         return serve(command, os.environ)
     except NixServeError as e:
-        print(f"error: {onOneLine(str(e))}", file=sys.stderr)
+        # Standard error leads to the client.
+        print(f"error: {onOneLine(peerText(e, '/nix/store'))}", file=sys.stderr)
         return e.exitStatus
     except KeyboardInterrupt:
         return 130

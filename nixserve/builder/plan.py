@@ -21,6 +21,7 @@ from nixserve.builder.outputs import HASH_MISMATCH
 from nixserve.builder.resolution import basicDerivation, mustResolve, resolve
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, Derivation, derivationName
+from nixserve.codec.peertext import peerText
 from nixserve.codec.serve import BuildPathsResult
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, StoreError
@@ -310,7 +311,8 @@ class BuildPlan:
                 except Busy:
                     raise
                 except (FormatError, StoreError) as error:
-                    self._fatal = self._fatal or f"error parsing derivation '{goal.path}': {error}"
+                    reason = peerText(error, self._store.storeDir.path)
+                    self._fatal = self._fatal or f"error parsing derivation '{goal.path}': {reason}"
 
     def _expand(self, goals: list[_Goal]) -> None:
         """Settle which of these have to be built, and what they need."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from nixserve.builder.process import CancelToken
 from nixserve.builder.settings import EXTRA_JOBS
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation
+from nixserve.codec.peertext import hidePaths, peerText
 from nixserve.codec.serve import BuildOptions, BuildPathsResult
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError
@@ -245,7 +246,7 @@ class Builds:
             result = await self._carryOut(plan, options, client)
         except (NixServeError, OSError) as error:
             self.log.warn("cannot build {targets}: {error}", targets=targets, error=error)
-            result = BuildPathsResult(1, f"error: {_explain(error)}")
+            result = BuildPathsResult(1, f"error: {peerText(error, self._store.storeDir.path)}")
         _tellMessages(plan, client)
         return result
 
@@ -278,11 +279,13 @@ class Builds:
 
     async def _perform(self, build: _Build) -> BuildResult:
         """Everything between the wish and the result."""
-        door = Door(self._workers, lambda what: build.tell(f"waiting for {what}..."))
+        storeDir = self._store.storeDir.path
+        door = Door(self._workers, lambda what: build.tell(f"waiting for {hidePaths(what, storeDir)}..."))
         try:
             result = await self._ready(build, door)
             if result is None:
                 result = await deferToThreadPool(self._reactor, self._threads, self._run, build)
+            result = self._forPeers(build, result)
             self._freeSlot(build)
             # Whoever came from here on would not be given the outputs to keep.
             build.joinable = False
@@ -319,6 +322,14 @@ class Builds:
             if result is not None or build.prepared is not None:
                 return result
             self._freeSlot(build)
+
+    def _forPeers(self, build: _Build, result: BuildResult) -> BuildResult:
+        """A result without the paths of our own files, which the log has."""
+        told = hidePaths(result.errorMsg, self._store.storeDir.path)
+        if told == result.errorMsg:
+            return result
+        self.log.warn("the build of {drv} failed: {error}", drv=build.drvPath, error=result.errorMsg)
+        return replace(result, errorMsg=told)
 
     async def _handOver(self, build: _Build, result: BuildResult) -> None:
         """
@@ -491,7 +502,7 @@ class Builds:
             return _STOPPED
         if isinstance(error, NixServeError | OSError):
             self.log.warn("cannot build {drv}: {error}", drv=build.drvPath, error=error)
-            return BuildResult(BuildStatus.MISC_FAILURE, _explain(error))
+            return BuildResult(BuildStatus.MISC_FAILURE, peerText(error, self._store.storeDir.path))
         self.log.failure("a bug in the build of {drv}", failure, drv=build.drvPath)
         return BuildResult(BuildStatus.MISC_FAILURE, "internal error; the log of the server has more")
 
@@ -517,8 +528,3 @@ _STOPPED = BuildResult(BuildStatus.MISC_FAILURE, "the server is being stopped; t
 def _tellMessages(plan: BuildPlan, client: BuildClient) -> None:
     if messages := plan.takeMessages():
         client.listener("".join(f"{message}\n" for message in messages).encode("utf-8", "replace"))
-
-
-def _explain(error: BaseException) -> str:
-    """What a client is told of an error. The paths of the server's own files are nothing for it."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

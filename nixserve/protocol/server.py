@@ -41,6 +41,7 @@ from nixserve.codec.connection import (
 )
 from nixserve.codec.derivation import BasicDerivation, drvPathOf, verifyBasicDerivation
 from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.peertext import hidePaths, peerText
 from nixserve.codec.serve import (
     AddToStoreNar,
     BuildDerivation,
@@ -497,17 +498,17 @@ class ServeServer(Protocol):
         """
         cause = self._cause or failure
         error = cause.value
-        if cause.check(NixServeError):
+        if isinstance(error, NixServeError):
             event = "session {peer.session} of {peer.address} failed: {error}"
             if cause.check(PolicyError, RemoteProtocolError):
                 event = "session {peer.session} of {peer.address} refused: {error}"
             self.log.warn(event, **self._facts(), error=error, path=getattr(error, "path", None))
-            self._tell(f"error: {error}")
+            self._tell(f"error: {peerText(error, self._store.storeDir.path)}")
         elif isinstance(error, ConnectionLost):
             self.log.info("session {peer.session} of {peer.address} lost its connection", **self._facts())
         elif isinstance(error, OSError):
             self.log.failure("session {peer.session} of {peer.address} failed", cause, **self._facts())
-            self._tell(f"error: {error.strerror or error}")
+            self._tell(f"error: {peerText(error, self._store.storeDir.path)}")
         else:
             self.log.failure("a bug in session {peer.session} of {peer.address}", cause, **self._facts())
             self._tell(f"error: internal error; the log of the server has more about session {self._peer.session}")
@@ -556,7 +557,7 @@ class ServeServer(Protocol):
         self.transport.writeError(line.replace("\n", " ").encode("utf-8", "replace") + b"\n")
 
     def _tellWait(self, what: str) -> None:
-        self._tell(f"waiting for {what}...")
+        self._tell(f"waiting for {hidePaths(what, self._store.storeDir.path)}...")
 
     def _facts(self) -> dict[str, Any]:
         """The fields of every event."""

@@ -130,7 +130,17 @@ class TestOwnStore:
         assert (done.returncode, done.stderr) == (0, b"")
         assert "session" in log.read_text()
         done = box.run("nixserve-store", "--serve", "--store", box.path / "s", env={"NIXSERVE_LOG": "/nonexistent/log"})
-        assert "NIXSERVE_LOG: cannot write '/nonexistent/log'" in refused(done)
+        said = refused(done)
+        assert "NIXSERVE_LOG: cannot write '[a path of the server]'" in said and "/nonexistent" not in said
+
+    def test_cannotOpen(self, box):
+        """Why a store cannot be opened is told without its place, which the log has."""
+        (box.path / "secret").write_text("")
+        options = ("--serve", "--store", box.path / "secret/root")
+        done = box.run("nixserve-store", *options, env={"NIXSERVE_LOG": str(box.path / "log")})
+        said = refused(done)
+        assert "Not a directory" in said and "secret" not in said
+        assert f"{box.path}/secret/root" in (box.path / "log").read_text()
 
 
 class TestRelay:
@@ -158,10 +168,11 @@ class TestRelay:
 
     @pytest.mark.parametrize("path", ["/nonexistent/serve.sock", "/" + "x" * 200])
     def test_noService(self, box, path):
-        """Without a service it says so, and what to look at."""
+        """Without a service it says so, and what to look at; to the client, so not where the service would be."""
         done = box.run("nixserve-store", "--serve", "--connect", path)
         assert done.returncode == 1
-        assert f"cannot connect to '{path}'" in refused(done)
+        said = refused(done)
+        assert "cannot connect to '[a path of the server]'" in said and path not in said
         assert "is 'twistd nixserve' running" in done.stderr
 
     def test_endOfInput(self, box, service):

@@ -11,7 +11,7 @@ from twisted.python.failure import Failure
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
 from nixserve.codec.serve import BuildOptions
-from nixserve.codec.storepath import StorePath
+from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.protocol.builds import BuildClient, Builds
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy
@@ -73,6 +73,8 @@ class Store:
     @ivar lost: what was nobody's root any more when the last session that kept it ended.
     @ivar refusals: what the next calls of C{addTempRoots} raise.
     """
+
+    storeDir = StoreDir()
 
     def __init__(self):
         self.sessions = []

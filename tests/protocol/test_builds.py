@@ -691,3 +691,18 @@ def test_anyOrder(seed):
         (result,) = client.results.values()
         if isinstance(result, BuildResult) and result.success:
             assert {output.outPath for output in result.builtOutputs.values()} <= client.session.roots
+
+
+@pytest.mark.parametrize("how", ["result", "error"])
+def test_ourPathsAreNotTold(how, logged):
+    """What failed is told with the logical path of the object; where our files are only the log says."""
+    name = pathOf("x").baseName
+    text = f"cannot rename '/secret/{name}.chroot/root/nix/store/{name}' in '/secret/y': No space left on device"
+    world = World()
+    failure = BuildResult(BuildStatus.MISC_FAILURE, text)
+    world.builder.outcomes[pathOf("x")] = failure if how == "result" else StoreError(text)
+    client = world.client("a").build("x")
+    world.settle(builds=True).clean()
+    said = f"cannot rename '/nix/store/{name}' in '[a path of the server]': No space left on device"
+    assert client.results["x"] == BuildResult(BuildStatus.MISC_FAILURE, said)
+    assert any("/secret/y" in str(event.get("error")) for event in logged)

@@ -351,6 +351,10 @@ ERRORS = [
     (InvalidPath(LIB.path), f"error: path '{LIB.path}' is not valid\n"),
     (OSError(28, "No space left on device", "/secret"), "error: No space left on device\n"),
     (
+        StoreError(f"cannot rename '/secret/store/{LIB.path.baseName}' to '/secret/x': No space left on device"),
+        f"error: cannot rename '{LIB.path}' to '[a path of the server]': No space left on device\n",
+    ),
+    (
         KeyError("secret"),
         "error: internal error; the log of the server has more about session 7\n",
     ),
@@ -358,7 +362,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
-@pytest.mark.parametrize(("error", "line"), ERRORS, ids=["store", "path", "system", "bug"])
+@pytest.mark.parametrize(("error", "line"), ERRORS, ids=["store", "path", "system", "file", "bug"])
 @pytest.mark.parametrize(("call", "request_"), FAILING)
 def test_failuresInTheStore(call, request_, error, line, workers, logged):
     """Whatever fails wherever: one line, exit status 1, everything freed; a bug tells the peer nothing of itself."""
@@ -1107,3 +1111,13 @@ def test_noSessions():
     sessions = ServeSessions(RecordingStore(), SyncWorkers(), SyncWorkers().reactor)
     assert result(sessions.stop()) is None
     assert not sessions.isServed("auto")
+
+
+def test_waitTellsNoPath():
+    """Who waits for a lock hears of which object, not where it lies."""
+    store = RecordingStore()
+    store.failures["queryValidPaths"] = [Busy(f"the lock on '/secret/store/{LIB.path.baseName}'")] * 500
+    session = Session(store).send(HELLO, wire(1, 0, 0, [LIB.path]))
+    session.clock.pump([0.05] * 200)
+    assert session.errors == f"waiting for the lock on '{LIB.path}'...\n"
+    session.lose()
