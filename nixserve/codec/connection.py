@@ -19,7 +19,8 @@ first whether more of the kind follows. The client may have any number of reques
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any, Final, Literal
 
 from nixserve.codec import serve
@@ -50,6 +51,7 @@ from nixserve.codec.serve import (
     Request,
     readCommand,
     readRequest,
+    replyPieces,
     writeReply,
     writeRequest,
 )
@@ -210,6 +212,11 @@ class ServerConnection(_Receiver):
         return encodeU64(serve.SERVER_MAGIC) + encodeU64(self.announced)
 
     @property
+    def requestSize(self) -> int:
+        """How many bytes of the request that is being read, or was read last, have arrived; NARs do not count."""
+        return self._reader.spent
+
+    @property
     def postponed(self) -> int:
         """How many replies have been postponed and not been sent."""
         return len(self._postponed)
@@ -246,6 +253,20 @@ class ServerConnection(_Receiver):
             raise LocalProtocolError(f"{count} streams are no reply to {', '.join(each.name for each in commands)}")
         self._replyMachine.go(Step.STREAM_START)
         self._streams = count
+
+    def startReply(self) -> Callable[[Any], Iterator[bytes]]:
+        """
+        From here to L{endStream} the owner sends the reply to the oldest request that has none, in pieces.
+
+        @return: makes the pieces from the value, as L{replyPieces}. It knows nothing of this object: any thread may
+            call it.
+        """
+        command = self._postponed[0] if self._postponed else self._command
+        if command in _STREAMED:
+            raise LocalProtocolError(f"the reply to {command.name} is a stream")
+        self._replyMachine.go(Step.STREAM_START)
+        self._streams = 1
+        return partial(replyPieces, command, version=self.version)
 
     def endStream(self) -> None:
         """What was started is complete."""

@@ -11,9 +11,11 @@ store directory, so a request for a foreign store fails here.
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from nixserve.codec.aterm import MAX_STRINGS
@@ -63,9 +65,12 @@ __all__ = [
     "QueryPathInfos",
     "QueryValidPaths",
     "Request",
+    "batches",
+    "inOrder",
     "readCommand",
     "readReply",
     "readRequest",
+    "replyPieces",
     "writeReply",
     "writeRequest",
 ]
@@ -104,6 +109,10 @@ MAX_ERROR_SIZE = 64 * 1024
 MAX_REALISATION_SIZE = 1024 * 1024
 """One built output in JSON, which names those that it depends on."""
 
+AT_ONCE = 1024
+"""Elements of a reply that are sorted or encoded without a pause. Sorting lets no other thread in until it is done: a
+thousand paths take a millisecond."""
+
 # What each minor version brought.
 _BUILD_LOG_LIMIT = 2
 _BUILD_TIMES = 3
@@ -133,8 +142,8 @@ def readOptionalPath(reader: Reader, storeDir: StoreDir) -> Parse[StorePath | No
 
 
 def readPathList(reader: Reader, storeDir: StoreDir) -> Parse[list[StorePath]]:
-    """Store paths, in order."""
-    return storeDir.parseMany((yield from reader.strings(MAX_PATH_SIZE)))
+    """Store paths, in order. They are parsed as they come: all at once, a million would stop everybody else."""
+    return (yield from reader.converted(storeDir.parseMany, MAX_PATH_SIZE))
 
 
 def readPathSet(reader: Reader, storeDir: StoreDir) -> Parse[frozenset[StorePath]]:
@@ -401,9 +410,36 @@ def _replyLimit(request: Request) -> int:
 
 def writeReply(command: Command, value: Any, version: int) -> bytes:
     """The reply to a command: L{readReply} says what C{value} is; path infos are written in sorted order."""
-    writer = Writer()
-    _REPLIES[command].write(writer, value, version)
-    return bytes(writer)
+    return b"".join(replyPieces(command, value, version))
+
+
+def replyPieces(command: Command, value: Any, version: int) -> Iterator[bytes]:
+    """
+    As L{writeReply}, in pieces, each of which takes milliseconds to make at most.
+
+    @param value: for QUERY_PATH_INFOS it may also be an iterator of L{ValidPathInfo} in sorted order, of which
+        no more is taken than the next piece needs.
+    """
+    return _REPLIES[command].pieces(value, version)
+
+
+def inOrder(paths: Collection[StorePath]) -> Iterator[StorePath]:
+    """
+    Store paths in the order in which sets of them are written, each once.
+
+    What takes long lets other threads in between.
+    """
+    unique = paths if isinstance(paths, set | frozenset) else set(paths)
+    # Store paths are ASCII: their order is that of their bytes.
+    blocks = [sorted(block) for block in batches(unique, AT_ONCE)]
+    return heapq.merge(*blocks) if len(blocks) > 1 else iter(blocks[0] if blocks else ())
+
+
+def batches(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """C{values} in lists of C{size}; the last one may be shorter."""
+    rest = iter(values)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def _readValidPaths(
@@ -422,8 +458,14 @@ def _readClosure(
     return (yield from readPathSet(reader, storeDir))
 
 
-def _writePathSetReply(writer: Writer, paths: Collection[StorePath], version: int) -> None:
-    writer.textSet(paths)
+def _pathSetPieces(paths: Collection[StorePath], version: int) -> Iterator[bytes]:
+    unique = paths if isinstance(paths, set | frozenset) else frozenset(paths)
+    writer = Writer().u64(len(unique))
+    for batch in batches(inOrder(unique), AT_ONCE):
+        yield bytes(writer.texts(batch))
+        writer = Writer()
+    if not unique:
+        yield bytes(writer)
 
 
 def _readPathInfos(
@@ -464,13 +506,23 @@ UNKNOWN_HASH = Hash("sha256", bytes(32))
 """In path infos from peers below 2.4."""
 
 
-def _writePathInfos(writer: Writer, infos: Mapping[StorePath, ValidPathInfo], version: int) -> None:
-    for _path, info in sorted(infos.items()):
-        writer.text(info.path).text(info.deriver or "").textSet(info.references)
-        writer.u64(info.narSize).u64(info.narSize)
-        if minorOf(version) >= _PATH_INFO_HASHES:
-            writer.text(str(info.narHash)).text(str(info.ca) if info.ca else "").textSet(info.sigs)
-    writer.text("")
+def _pathInfosPieces(
+    infos: Mapping[StorePath, ValidPathInfo] | Iterator[ValidPathInfo], version: int
+) -> Iterator[bytes]:
+    ordered = (infos[path] for path in sorted(infos)) if isinstance(infos, Mapping) else infos
+    for batch in batches(ordered, AT_ONCE // 4):
+        writer = Writer()
+        for info in batch:
+            _writePathInfo(writer, info, version)
+        yield bytes(writer)
+    yield bytes(Writer().text(""))
+
+
+def _writePathInfo(writer: Writer, info: ValidPathInfo, version: int) -> None:
+    writer.text(info.path).text(info.deriver or "").textSet(info.references)
+    writer.u64(info.narSize).u64(info.narSize)
+    if minorOf(version) >= _PATH_INFO_HASHES:
+        writer.text(str(info.narHash)).text(str(info.ca) if info.ca else "").textSet(info.sigs)
 
 
 def _readDone(reader: Reader, request: Request, version: int, storeDir: StoreDir) -> Parse[None]:
@@ -624,10 +676,21 @@ class _Form:
 
 @dataclass(frozen=True, slots=True)
 class _ReplyForm:
-    """How one kind of reply is read and written. Reading needs the request."""
+    """How one kind of reply is read and written, in pieces. Reading needs the request."""
 
     read: Callable[[Reader, Any, int, StoreDir], Parse[Any]]
-    write: Callable[[Writer, Any, int], None]
+    pieces: Callable[[Any, int], Iterator[bytes]]
+
+
+def _whole(write: Callable[[Writer, Any, int], None]) -> Callable[[Any, int], Iterator[bytes]]:
+    """A reply that is always small: one piece."""
+
+    def pieces(value: Any, version: int) -> Iterator[bytes]:
+        writer = Writer()
+        write(writer, value, version)
+        yield bytes(writer)
+
+    return pieces
 
 
 _REQUESTS: dict[Command, _Form] = {
@@ -643,11 +706,11 @@ _REQUESTS: dict[Command, _Form] = {
 }
 
 _REPLIES: dict[Command, _ReplyForm] = {
-    Command.QUERY_VALID_PATHS: _ReplyForm(_readValidPaths, _writePathSetReply),
-    Command.QUERY_PATH_INFOS: _ReplyForm(_readPathInfos, _writePathInfos),
-    Command.IMPORT_PATHS: _ReplyForm(_readDone, _writeDone),
-    Command.BUILD_PATHS: _ReplyForm(_readBuildPathsResult, _writeBuildPathsResult),
-    Command.QUERY_CLOSURE: _ReplyForm(_readClosure, _writePathSetReply),
-    Command.BUILD_DERIVATION: _ReplyForm(_readBuildResult, _writeBuildResult),
-    Command.ADD_TO_STORE_NAR: _ReplyForm(_readDone, _writeDone),
+    Command.QUERY_VALID_PATHS: _ReplyForm(_readValidPaths, _pathSetPieces),
+    Command.QUERY_PATH_INFOS: _ReplyForm(_readPathInfos, _pathInfosPieces),
+    Command.IMPORT_PATHS: _ReplyForm(_readDone, _whole(_writeDone)),
+    Command.BUILD_PATHS: _ReplyForm(_readBuildPathsResult, _whole(_writeBuildPathsResult)),
+    Command.QUERY_CLOSURE: _ReplyForm(_readClosure, _pathSetPieces),
+    Command.BUILD_DERIVATION: _ReplyForm(_readBuildResult, _whole(_writeBuildResult)),
+    Command.ADD_TO_STORE_NAR: _ReplyForm(_readDone, _whole(_writeDone)),
 }

@@ -51,6 +51,9 @@ MAX_REPLY_SIZE = 32 * 1024 * 1024
 MAX_SET_SIZE = 1_000_000
 """Elements of one set or list: some ten times the largest closures known."""
 
+NO_LIMIT = 1 << 63
+"""More bytes than ever arrive."""
+
 _U64 = Struct("<Q")
 _ZEROS = tuple(bytes(n) for n in range(8))
 
@@ -89,10 +92,17 @@ class Writer:
 
     def strings(self, values: Iterable[str]) -> Self:
         """A count and that many strings, in the given order."""
-        pack = _U64.pack
         encoded = [encodeText(value) for value in values]
-        self._parts.append(pack(len(encoded)))
-        self._parts.extend(pack(len(value)) + value + _ZEROS[-len(value) & 7] for value in encoded)
+        self._parts.append(_U64.pack(len(encoded)))
+        return self._each(encoded)
+
+    def texts(self, values: Iterable[str]) -> Self:
+        """Strings, one behind the other."""
+        return self._each([encodeText(value) for value in values])
+
+    def _each(self, encoded: list[bytes]) -> Self:
+        pack = _U64.pack
+        self._parts.extend([pack(len(value)) + value + _ZEROS[-len(value) & 7] for value in encoded])
         return self
 
     def textSet(self, values: Iterable[str]) -> Self:
@@ -110,13 +120,13 @@ class Reader:
     @ivar offset: how many bytes have been consumed since the beginning of the stream.
     """
 
-    __slots__ = ("_allowance", "_allowed", "_buffer", "_position", "offset")
+    __slots__ = ("_allowance", "_allowed", "_buffer", "_limit", "_position", "offset")
 
     def __init__(self) -> None:
         # Immutable pieces, so that a large piece of a NAR can pass through without being copied.
         self._buffer = b""
         self._position = 0
-        self._allowance: int | None = None
+        self._limit = self._allowance = NO_LIMIT
         self._allowed = ""
         self.offset = 0
 
@@ -134,13 +144,18 @@ class Reader:
         """How many bytes have arrived and not been consumed."""
         return len(self._buffer) - self._position
 
-    def limit(self, size: int, what: str = "a request") -> None:
+    @property
+    def spent(self) -> int:
+        """How many bytes parsers have consumed, or will before they return, since the last L{limit}."""
+        return self._limit - self._allowance
+
+    def limit(self, size: int | None, what: str = "a request") -> None:
         """
-        From here on at most C{size} bytes may be consumed by parsers.
+        From here on at most C{size} bytes may be consumed by parsers; C{None} lifts the limit.
 
         @param what: they belong to, for the error.
         """
-        self._allowance = size
+        self._limit = self._allowance = NO_LIMIT if size is None else size
         self._allowed = f"{what} of more than {size} bytes"
 
     def take(self, atMost: int) -> bytes:
@@ -160,10 +175,9 @@ class Reader:
         self._position -= size
 
     def _spend(self, size: int) -> None:
-        if self._allowance is not None:
-            if size > self._allowance:
-                raise FormatError(f"{self._allowed} is refused", offset=self.offset)
-            self._allowance -= size
+        if size > self._allowance:
+            raise FormatError(f"{self._allowed} is refused", offset=self.offset)
+        self._allowance -= size
 
     def u64(self) -> Parse[int]:
         """An unsigned integer of 64 bits."""
@@ -223,23 +237,35 @@ class Reader:
 
     def strings(self, limit: int = MAX_STRING_SIZE, most: int = MAX_SET_SIZE) -> Parse[list[str]]:
         """A count of at most C{most} and that many strings of at most C{limit} bytes each, in the order of the wire."""
+        return (yield from self.converted(lambda texts: texts, limit, most))
+
+    def converted(
+        self, convert: Callable[[list[str]], list[T]], limit: int = MAX_STRING_SIZE, most: int = MAX_SET_SIZE
+    ) -> Parse[list[T]]:
+        """
+        As L{strings}, of values that are texts on the wire.
+
+        @param convert: gives the values of some texts, in order. It is called as they come, with those that are here.
+        """
         count = yield from self.count(most)
-        result: list[str] = []
+        result: list[T] = []
         while len(result) < count:
-            self._shortStrings(result, count, limit)
+            here: list[str] = []
+            self._shortStrings(here, count - len(result), limit)
+            result += convert(here)
             if len(result) < count:
                 # Not whole here yet, or in some way wrong: the careful way for this one.
-                result.append((yield from self.text(limit)))
+                result += convert([(yield from self.text(limit))])
         return result
 
     def _shortStrings(self, result: list[str], count: int, limit: int) -> None:
         """
-        Append the strings that lie whole and well-formed in the buffer. One tight loop: this is where the
+        Append up to C{count} strings that lie whole and well-formed in the buffer. One tight loop: this is where the
         time of a request with many paths goes.
         """
         buffer, position, end = self._buffer, self._position, len(self._buffer)
         unpack, zeros = _U64.unpack_from, _ZEROS
-        missing = count - len(result)
+        missing = count
         while missing and end - position >= 8:
             (size,) = unpack(buffer, position)
             stop = position + 8 + size

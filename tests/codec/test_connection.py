@@ -749,3 +749,25 @@ def test_badNarInReply():
         marker = wire(1) if isinstance(request, ExportPaths) else b""
         client = Client().send(request).feed(ANSWER + marker + b"not a NAR at all")
         assert "bad archive" in client.error
+
+
+def test_replyInPieces():
+    """A reply in pieces is what a reply at once is; until its end nothing else is possible."""
+    server = ServerConnection(STORE_DIR)
+    server.receiveData(HELLO)
+    assert isinstance(server.nextEvent(), Hello)
+    server.sendHello()
+    server.receiveData(wire(1, 0, 0, [ZEROS]) + wire(3, ZEROS))
+    while not isinstance(server.nextEvent(), QueryValidPaths):
+        pass
+    encode = server.startReply()
+    assert b"".join(encode({ZEROS})) == wire([ZEROS])
+    for misuse in (server.startReply, lambda: server.sendReply(frozenset())):
+        with pytest.raises(LocalProtocolError):
+            misuse()
+    assert server.nextEvent() is PAUSED
+    server.endStream()
+    while not isinstance(server.nextEvent(), DumpStorePath):
+        pass
+    with pytest.raises(LocalProtocolError, match="the reply to DUMP_STORE_PATH is a stream"):
+        server.startReply()

@@ -1,6 +1,7 @@
 """The messages of the serve protocol: every one at every version, both directions, in any cut."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -528,3 +529,37 @@ def test_dumpStorePathIsNormalised():
     """A path is read as Nix reads it."""
     request, _ = parse(readerOf(REQUESTS[0]), [wire(3, f"/nix//store/./{ZEROS.baseName}/")])
     assert request == DumpStorePath(ZEROS)
+
+
+# --- in pieces ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, serve.AT_ONCE, 3 * serve.AT_ONCE + 1])
+def test_setsInPieces(count):
+    """A set is written in pieces of bounded size, sorted over all of them."""
+    paths = [StoreDir().parse(f"/nix/store/{n * 7919 % 10007:032}-x") for n in range(count)]
+    pieces = list(serve.replyPieces(Command.QUERY_CLOSURE, set(paths), 0x207))
+    assert b"".join(pieces) == wire(sorted(paths))
+    assert max(map(len, pieces)) <= 8 + serve.AT_ONCE * len(wire(LIB.path))
+    # Repetition is no reason to write it twice.
+    assert serve.writeReply(Command.QUERY_CLOSURE, paths * 2, 0x207) == wire(sorted(paths))
+
+
+def test_pathInfosInPieces():
+    """Path infos are taken as they are needed, and the pieces are those of the whole."""
+    infos = {each.path: each for each in (replace(LIB, path=LIB.path[:-3] + f"x{n:05}") for n in range(2000))}
+    taken = []
+    pieces = serve.replyPieces(Command.QUERY_PATH_INFOS, (taken.append(each) or each for each in infos.values()), 0x207)
+    first = next(pieces)
+    assert len(taken) < 600
+    assert first + b"".join(pieces) == serve.writeReply(Command.QUERY_PATH_INFOS, infos, 0x207)
+
+
+def test_pathsAreParsedAsTheyCome():
+    """The paths of a large set are parsed as they arrive, so that the last byte does not stop everybody for long."""
+    reader, wrong = Reader(), "/nix/store/wrong"
+    parse = serve.readPathSet(reader, StoreDir())
+    next(parse)
+    reader.feed(wire(1000) + wire(*[LIB.path] * 10) + wire(wrong))
+    with pytest.raises(FormatError, match="wrong"):
+        next(parse)

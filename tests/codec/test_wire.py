@@ -296,3 +296,20 @@ def test_tightLoopAgreesWithCarefulWay():
     encoded = wire([text.encode("utf-8", "surrogateescape") for text in strings])
     for size in range(1, len(encoded) + 1):
         assert parse(Reader.strings, *[encoded[i : i + size] for i in range(0, len(encoded), size)]) == (strings, b"")
+
+
+def test_spent():
+    """How much has been read since a limit was set is known, whatever the limit; what is announced counts already."""
+    for limit in (1 << 20, None):
+        reader = Reader()
+        reader.limit(limit)
+        reader.feed(wire(1, 2))
+        drive(reader.u64(), reader, [])
+        assert reader.spent == 8
+        reader.limit(limit)
+        assert reader.spent == 0
+        reader.feed(wire(1 << 10))
+        drive(reader.u64(), reader, [])
+        parse = reader.string()
+        next(parse)
+        assert reader.spent == 8 + 8 + 1024
