@@ -20,7 +20,15 @@ from nixserve.protocol.policy import Peer, Policy
 if TYPE_CHECKING:
     from nixserve.protocol.builds import BuildClient
 
-__all__ = ["IBuilds", "IErrorReceiver", "IServeSessions", "IServeTransport", "IWorkers", "Interruptible"]
+__all__ = [
+    "IBuilds",
+    "IErrorReceiver",
+    "IServeSessions",
+    "IServeTransport",
+    "ISharedWorkers",
+    "IWorkers",
+    "Interruptible",
+]
 
 
 class IServeTransport(ITransport):
@@ -37,14 +45,26 @@ class IServeTransport(ITransport):
         "peer reads."
     )
 
+    unsent = Attribute("Bytes of standard output that were written and have not left.")
+
     def writeError(data: bytes) -> None:
         """
         Write to the session's standard error. Never blocks and never grows without bound: what the peer
         does not read is dropped in the end.
         """
 
+    def allowUnread(size: int) -> int:
+        """
+        Let the peer send at least C{size} bytes on while the session is paused.
+
+        @return: how many of such bytes this process may come to hold; 0 where the system holds them.
+        """
+
     def registerProducer(producer: IProducer, streaming: bool) -> None:
-        """As L{twisted.internet.interfaces.IConsumer}; push producers only (C{streaming} true)."""
+        """
+        As L{twisted.internet.interfaces.IConsumer}; push producers only (C{streaming} true). One that comes when too
+        much is unsent already is paused at once.
+        """
 
     def unregisterProducer() -> None:
         """As L{twisted.internet.interfaces.IConsumer}."""
@@ -100,6 +120,19 @@ class IWorkers(Interface):
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:
         """Run C{function} somewhere it may block; its result arrives in the reactor's thread."""
+
+
+class ISharedWorkers(IWorkers):
+    """
+    Workers that several clients share.
+    """
+
+    def of(client: str, atOnce: int) -> IWorkers:
+        """
+        The same workers for one client, who takes turns with the others. C{call} itself is one client more.
+
+        @param atOnce: how many calls of this client may run at once.
+        """
 
 
 class IBuilds(Interface):

@@ -19,7 +19,8 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
-from nixserve.protocol.interfaces import IWorkers
+from nixserve.protocol.interfaces import ISharedWorkers, IWorkers
+from nixserve.protocol.turns import Turns
 from nixserve.store.api import Busy
 
 __all__ = ["Door", "Workers", "whenFired"]
@@ -38,10 +39,10 @@ WAIT_NOTICE = 2.0
 """Seconds of waiting for one lock after which whoever waits is told about it."""
 
 
-@implementer(IWorkers)
+@implementer(ISharedWorkers)
 class Workers:
     """
-    The pool.
+    The pool, whose clients take turns.
 
     @ivar reactor: whose thread results come back to, and whose clock waits are counted by. It must provide
         L{twisted.internet.interfaces.IReactorTime} and L{twisted.internet.interfaces.IReactorFromThreads}.
@@ -50,6 +51,8 @@ class Workers:
     def __init__(self, reactor: Any, threads: int = DEFAULT_THREADS) -> None:
         self.reactor = reactor
         self._pool = ThreadPool(0, threads, "nixserve")
+        self._turns = Turns(reactor, partial(deferToThreadPool, reactor, self._pool), threads)
+        self._own = self._turns.of("", threads)
 
     def start(self) -> None:
         """Begin to work; what was called before waits until now."""
@@ -65,7 +68,11 @@ class Workers:
 
         Cancelling gives up on the result; the function itself runs to its end.
         """
-        return deferToThreadPool(self.reactor, self._pool, function, *args, **kwargs)
+        return self._own.call(function, *args, **kwargs)
+
+    def of(self, client: str, atOnce: int) -> IWorkers:
+        """See L{ISharedWorkers}."""
+        return self._turns.of(client, atOnce)
 
 
 class _Call:
