@@ -94,6 +94,9 @@ class Options(usage.Options):
         ["fsync-metadata", None, None, "have what a session added in the database on disk at its end [nix.conf's]"],
         ["fsync-store-paths", None, None, "have the files of a path on disk before it is registered [nix.conf's]"],
         ["sync-before-registering", None, None, "write out everything before a path is registered [nix.conf's]"],
+        ["max-key-memory", None, None, "MiB of memory that the sessions of one key may use [256]"],
+        ["max-untrusted-memory", None, None, "MiB for all keys without the right trust, a quarter for one [192]"],
+        ["max-key-requests", None, None, "requests of one key at work at once, half without the right trust [4]"],
     ]
     compData = usage.Completions(
         optActions={
@@ -220,8 +223,15 @@ class ServeService(Service):
             builds = self._openLocal(place)
         assert self._store is not None and self._workers is not None, "they have just been made"
         descriptors = self._shareDescriptors(isinstance(place, RemoteAddress))
+        limits = settings.limits
+        if isinstance(place, RemoteAddress):
+            # A call that waits for a lock there must not keep back the one that frees it.
+            limits = replace(limits, keyRequests=2 * MAX_THREADS)
         self.sessions = ServeSessions(
-            *(self._store, self._workers, self._reactor, self._isServed(place)), builds=builds, descriptors=descriptors
+            *(self._store, self._workers, self._reactor, self._isServed(place)),
+            builds=builds,
+            descriptors=descriptors,
+            limits=limits,
         )
         numbers = itertools.count(1)
         realm = ServeRealm(self.sessions, self._reactor, policy, numbers, descriptors)
@@ -236,7 +246,7 @@ class ServeService(Service):
 
     def _shareDescriptors(self, isRemote: bool) -> Descriptors:
         settings = self.settings
-        local = (0, 0) if isRemote else (DEFAULT_THREADS, settings.maxJobs + settings.extraJobs)
+        local = (0, 0) if isRemote else (self._threads, settings.maxJobs + settings.extraJobs)
         limit = raiseOpenFiles()
         descriptors = Descriptors(limit, *local)
         if descriptors.sessions < FEW_SESSIONS:
@@ -247,13 +257,18 @@ class ServeService(Service):
             )
         return descriptors
 
+    @property
+    def _threads(self) -> int:
+        """Of workers for a local store: more than one client may be in, so that others find one free."""
+        return max(DEFAULT_THREADS, 2 * self.settings.limits.keyRequests)
+
     def _openLocal(self, layout: StoreLayout) -> IBuilds | None:
         """@return: who builds."""
         if layout.stateDir.startswith(f"{self.settings.state}/"):
             # Made by us, or by whoever was before us.
             requireOwn(layout.stateDir)
         store = self._store = LocalStore(replace(layout, durability=self.settings.durability))
-        workers = self._workers = Workers(self._reactor)
+        workers = self._workers = Workers(self._reactor, self._threads)
         workers.start()
         self._builds = self._startBuilds(store, workers)
         return self._builds

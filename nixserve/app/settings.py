@@ -18,6 +18,7 @@ from nixserve.app.statedirs import defaultStateDir
 from nixserve.builder.settings import EXTRA_JOBS, BuildSettings, SandboxMode
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import FormatError, UsageError
+from nixserve.protocol.limits import DEFAULT_LIMITS, Limits
 from nixserve.remote.address import RemoteAddress
 from nixserve.store.durability import Durability
 from nixserve.store.layout import StoreDefaults, StoreLayout, chooseAutoRoot, parseStoreURI
@@ -117,6 +118,7 @@ class ServiceSettings:
     @ivar extraJobs: how many more, for keys that all others keep from building.
     @ivar builds: how to build.
     @ivar durability: what survives a crash of the machine.
+    @ivar limits: what the sessions of one key may use.
     """
 
     store: str
@@ -129,6 +131,7 @@ class ServiceSettings:
     maxJobs: int
     extraJobs: int
     builds: BuildSettings
+    limits: Limits
     durability: Durability = field(default_factory=Durability)
 
     @classmethod
@@ -154,6 +157,7 @@ class ServiceSettings:
             extraJobs=_count("extra-jobs", options.get("extra-jobs"), EXTRA_JOBS),
             builds=_buildSettings(options),
             durability=_durability(options, environ),
+            limits=_limits(options),
         )
 
 
@@ -222,29 +226,43 @@ _BUILD_NUMBERS = {
 }
 
 
+def _limits(options: Mapping[str, Any]) -> Limits:
+    def size(name: str, default: int) -> int:
+        return _count(name, options.get(name), default >> 20, least=1) << 20
+
+    return Limits(
+        keyMemory=size("max-key-memory", DEFAULT_LIMITS.keyMemory),
+        untrustedMemory=size("max-untrusted-memory", DEFAULT_LIMITS.untrustedMemory),
+        keyRequests=_count("max-key-requests", options.get("max-key-requests"), DEFAULT_LIMITS.keyRequests, least=1),
+    )
+
+
 _SANDBOX_MODES = {"auto": SandboxMode.AUTO, "on": SandboxMode.ON, "off": SandboxMode.OFF}
 
 
-def _count(name: str, value: Any, default: int) -> int:
+def _count(name: str, value: Any, default: int, least: int = 0) -> int:
     if value is None:
         return default
     try:
         number = int(value)
     except ValueError:
         number = -1
-    if number < 0:
-        raise UsageError(f"the value of '{name}' is '{value}'; it must be a number, 0 or more")
+    if number < least:
+        raise UsageError(f"the value of '{name}' is '{value}'; it must be a number, {least} or more")
     return number
 
+
+_LIMITS = ("max-key-memory", "max-untrusted-memory", "max-key-requests")
 
 CONFIG_KEYS = (
     *("store", "state", "listen", "authorized-keys", "host-key", "default-rights", "socket"),
     *("max-jobs", "extra-jobs", "sandbox", "build-network", "system-features", *_BUILD_NUMBERS),
     *("fsync-metadata", "fsync-store-paths", "sync-before-registering"),
+    *_LIMITS,
 )
 
 _LIST_KEYS = frozenset({"listen", "system-features"})
-_NUMBER_KEYS = frozenset({"max-jobs", "extra-jobs", *_BUILD_NUMBERS})
+_NUMBER_KEYS = frozenset({"max-jobs", "extra-jobs", *_BUILD_NUMBERS, *_LIMITS})
 _BOOLEAN_KEYS = frozenset({"fsync-metadata", "fsync-store-paths", "sync-before-registering"})
 
 

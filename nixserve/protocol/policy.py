@@ -97,3 +97,8 @@ class Peer:
     key: str = ""
     session: int = 0
     budget: LogBudget | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def client(self) -> str:
+        """Who shares its limits and turns: the sessions of one key, or of one user where there is none."""
+        return self.key or self.address

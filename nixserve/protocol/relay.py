@@ -23,7 +23,7 @@ from nixserve.protocol.interfaces import IServeSessions, IServeTransport
 from nixserve.protocol.logbudget import LogBudget, LogBudgets
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import EVERYTHING, Peer, Policy
-from nixserve.protocol.stdio import MAX_ERROR_BUFFER, pendingOf
+from nixserve.protocol.stdio import MAX_ERROR_BUFFER, pendingOf, registerProducer
 
 __all__ = ["RelayFactory"]
 
@@ -96,7 +96,6 @@ class _RelayTransport:
         self._exiting = False
         self._written = 0
         # As IConsumer has it, these mean the socket as a whole.
-        self.registerProducer = transport.registerProducer
         self.unregisterProducer = transport.unregisterProducer
         self.pauseProducing = transport.pauseProducing
         self.resumeProducing = transport.resumeProducing
@@ -109,6 +108,19 @@ class _RelayTransport:
     def sent(self) -> int:
         """See L{IServeTransport}."""
         return self._written - pendingOf(self._transport)
+
+    @property
+    def unsent(self) -> int:
+        """See L{IServeTransport}."""
+        return pendingOf(self._transport)
+
+    def allowUnread(self, size: int) -> int:
+        """See L{IServeTransport}. What is not read stays in the socket."""
+        return 0
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """See L{IServeTransport}."""
+        registerProducer(self._transport, producer)
 
     def write(self, data: bytes) -> None:
         """See L{IServeTransport}."""

@@ -17,7 +17,7 @@ from zope.interface import implementer
 from nixserve.codec.relay import Frame, FrameReader, RelayHeader
 from nixserve.errors import FormatError
 from nixserve.protocol.interfaces import IErrorReceiver, IServeTransport
-from nixserve.protocol.stdio import pendingOf
+from nixserve.protocol.stdio import pendingOf, registerProducer
 
 __all__ = ["RelayTransport"]
 
@@ -114,6 +114,15 @@ class RelayTransport(Protocol):
         """See L{IServeTransport}."""
         return self._written - pendingOf(self._socket)
 
+    @property
+    def unsent(self) -> int:
+        """See L{IServeTransport}."""
+        return pendingOf(self._socket)
+
+    def allowUnread(self, size: int) -> int:
+        """See L{IServeTransport}. What is not read stays in the socket."""
+        return 0
+
     def write(self, data: bytes) -> None:
         """See L{IServeTransport}."""
         self._written += len(data)
@@ -129,7 +138,7 @@ class RelayTransport(Protocol):
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """See L{IServeTransport}."""
-        self._socket.registerProducer(producer, streaming)
+        registerProducer(self._socket, producer)
 
     def unregisterProducer(self) -> None:
         """See L{IServeTransport}."""

@@ -12,6 +12,7 @@ A session ends in one of these ways, each of which frees its temporary roots, pa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from functools import partial
 from operator import methodcaller
@@ -55,14 +56,17 @@ from nixserve.codec.serve import (
     QueryPathInfos,
     QueryValidPaths,
     Request,
+    batches,
+    inOrder,
 )
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteProtocolError
 from nixserve.protocol.builds import BuildClient
 from nixserve.protocol.interfaces import IBuilds, Interruptible, IServeTransport, IWorkers
+from nixserve.protocol.memory import Memory
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import Peer, Policy, Right
-from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle
+from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle, drained
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Store, StoreSession
 
@@ -80,8 +84,33 @@ MAX_POSTPONED = 256
 MAX_POSTPONED_SIZE = 1024 * 1024
 """Bytes of NARs among them."""
 
+MAX_UNSENT = 64 * 1024
+"""Bytes of replies that wait for the peer, above which the transport is asked whether it has enough. If so, the next
+request is not performed before the peer has read."""
+
+INFOS_AT_ONCE = 256
+"""Paths about which the store is asked at once: some milliseconds for a worker."""
+
 MAX_UNREAD = 256 * 1024
 """Bytes of later requests that are kept while one is being answered; then the peer is paused."""
+
+FIRST_WINDOW = 128 * 1024
+"""Bytes that a peer may send while its session is paused, at first: held by us, times the number of sessions."""
+
+FULL_WINDOW = 2 * 1024 * 1024
+"""The same for a session that has something to send, if there is room. 2 MiB is OpenSSH's own."""
+
+SESSION_MEMORY = 64 * 1024
+"""What a session costs that does nothing."""
+
+WORK_MEMORY = 1024 * 1024
+"""What a request costs while it is worked off: the queues of streams, and results on their way."""
+
+REQUEST_MEMORY = 3
+"""Bytes of memory for each byte of a request: a million paths of 60 characters become objects of 180 MB."""
+
+MAX_SMALL_REQUEST = 64 * 1024
+"""Bytes of a request that arrive without a look at the memory that its key uses."""
 
 _INTERRUPTED = "interrupted by the user"
 """What real Nix says when the client is gone in the middle of a build."""
@@ -130,7 +159,12 @@ class ServeServer(Protocol):
         clock: IReactorTime,
         stallSeconds: float = STALL_SECONDS,
         builds: IBuilds | None = None,
+        memory: Memory | None = None,
     ) -> None:
+        """
+        @param memory: where the memory is counted that the peers of this process use; this one has its own if not
+            given.
+        """
         self._store = store
         self._builds = builds
         self._session: StoreSession | None = None
@@ -138,6 +172,10 @@ class ServeServer(Protocol):
         self._peer = peer
         self.log = PeerLog(_log, peer.budget)
         self._door = Door(workers, self._tellWait)
+        self._memory = memory or Memory(clock)
+        self._window = self._received = self._working = 0
+        # A reply that is complete and not sent.
+        self._pieces: deque[bytes] = deque()
         self._stall = StallTimer(clock, stallSeconds, self._stalled, lambda: self.transport.sent)
         self._connection = ServerConnection(store.storeDir)
         self._inflow: NarInflow[Any] | None = None
@@ -161,6 +199,9 @@ class ServeServer(Protocol):
     def connectionMade(self) -> None:
         """Begin the conversation."""
         self._throttle = Throttle(self.transport)
+        self._window = self.transport.allowUnread(FIRST_WINDOW)
+        trusted = Right.TRUST in self._policy.rights
+        self._account = self._memory.open(self._peer.client, trusted, self._held)
         self.log.info(
             "session {peer.session} of {peer.address} begins: {policy}", **self._facts(), policy=str(self._policy)
         )
@@ -177,6 +218,15 @@ class ServeServer(Protocol):
         self._wake()
         if self._wakeUp is None and self._connection.buffered > MAX_UNREAD:
             self._throttle.pause(self)
+        self._received += len(data)
+        if self._received > self._window and self._window < FULL_WINDOW:
+            self._enlargeWindow()
+
+    def _enlargeWindow(self) -> None:
+        """The peer has a lot to send: let it send more at once, if there is room. Asked once for each window."""
+        self._received = 0
+        if self._account.mayGrow(FULL_WINDOW):
+            self._window = self.transport.allowUnread(FULL_WINDOW)
 
     def readConnectionLost(self) -> None:
         """
@@ -206,6 +256,7 @@ class ServeServer(Protocol):
             event = self._connection.nextEvent()
             if not isinstance(event, Pause):
                 return event
+            buffered = self._connection.buffered
             if self._connection.postponed:
                 await self._settle()
                 continue
@@ -213,9 +264,30 @@ class ServeServer(Protocol):
                 self._inflow.push()
             if self._cause is not None:
                 self._cause.raiseException()
+            if self._connection.requestSize > MAX_SMALL_REQUEST:
+                await self._room(0)
+                if self._connection.buffered > buffered:
+                    continue
             self._throttle.resume(self)
             self._wakeUp = Deferred()
             await self._wakeUp
+
+    async def _room(self, more: int) -> None:
+        """Wait until there is memory for C{more} bytes. The peer cannot act meanwhile: it is paused."""
+        waiting = self._account.wait(more)
+        if waiting is not None:
+            self._throttle.pause(self._account)
+            self._stall.stop()
+            await self._wait(waiting)
+            self._stall.start()
+            self._throttle.resume(self._account)
+
+    def _held(self) -> int:
+        """Bytes of memory that this session uses."""
+        request = REQUEST_MEMORY * (self._connection.requestSize + self._smallSize) + self._connection.buffered
+        reply = sum(map(len, self._pieces))
+        unsent = self.transport.unsent if not self._exiting else 0
+        return SESSION_MEMORY + self._window + request + self._working + reply + unsent
 
     async def _wait(self, pending: Deferred[T]) -> T:
         """
@@ -237,6 +309,8 @@ class ServeServer(Protocol):
             wakeUp.callback(None)
 
     async def _converse(self) -> None:
+        if not self._account.hasRoom(0):
+            raise PolicyError("too much is under way for this key here, or its replies are not read: try again later")
         await self._wait(self._door.call(self._openSession))
         try:
             while not isinstance(event := await self._event(), EndOfInput):
@@ -262,10 +336,31 @@ class ServeServer(Protocol):
         self._exit(0)
 
     async def _perform(self, request: Any) -> None:
-        if not self._gathers(request):
-            await self._settle()
         perform: Callable[[Request], Coroutine[Any, Any, None]] = getattr(self, f"cmd_{request.command.camelName}")
+        if self._gathers(request):
+            await perform(request)
+            return
+        await self._settle()
+        # A build may wait for hours, and others for memory meanwhile.
+        await self._beginWork(0 if isinstance(request, BuildPaths | BuildDerivation) else WORK_MEMORY)
         await perform(request)
+        await self._endWork()
+
+    async def _beginWork(self, size: int) -> None:
+        """Wait until there is memory for what a request needs."""
+        await self._room(size)
+        self._working = size
+        self._account.measure()
+
+    async def _endWork(self) -> None:
+        """It is replied to. The next one comes when the peer has read enough of that."""
+        await self._drained()
+        self._working = 0
+        self._account.requestEnds()
+
+    async def _drained(self) -> None:
+        if self.transport.unsent > MAX_UNSENT:
+            await self._wait(drained(self.transport))
 
     def _gathers(self, request: Any) -> bool:
         """Is this request one more of those that are postponed?"""
@@ -281,6 +376,9 @@ class ServeServer(Protocol):
         small, self._small, self._smallSize = self._small, [], 0
         dumps, self._dumps = self._dumps, []
         command = self._command
+        if not small and not dumps:
+            return
+        await self._beginWork(WORK_MEMORY)
         if small:
             self._command = Command.ADD_TO_STORE_NAR
             await self._addSmall(small)
@@ -288,6 +386,7 @@ class ServeServer(Protocol):
             self._command = Command.DUMP_STORE_PATH
             self._stall.start()
             await self._stream(dumps, partial(self._open.narsFromPaths, dumps))
+        await self._endWork()
         self._command = command
         if command is None:
             self._stall.stop()
@@ -336,8 +435,20 @@ class ServeServer(Protocol):
         await self._answer(request.paths, partial(self._open.queryValidPaths, request.paths))
 
     async def cmd_queryPathInfos(self, request: QueryPathInfos) -> None:
-        """What is registered; what is not valid is left out."""
-        await self._answer(request.paths, partial(self._open.queryPathInfos, request.paths))
+        """
+        What is registered; what is not valid is left out. Of many paths it is asked, encoded and sent in parts: no
+        worker and no memory is kept by who is slow to read it.
+        """
+        encode = self._connection.startReply()
+        outflow = self._outflow(request.paths, lambda: encode(self._pathInfos(request.paths)))
+        await self._wait(outflow.start())
+        self._connection.endStream()
+
+    def _pathInfos(self, paths: Collection[StorePath]) -> Iterator[ValidPathInfo]:
+        """In a worker."""
+        for batch in batches(inOrder(paths), INFOS_AT_ONCE):
+            infos = self._open.queryPathInfos(batch)
+            yield from (infos[path] for path in batch if path in infos)
 
     async def cmd_queryClosure(self, request: QueryClosure) -> None:
         """The closure. Its elements are kept by the roots that the given paths become."""
@@ -375,7 +486,7 @@ class ServeServer(Protocol):
             pieces.append(event.data)
         self._connection.postponeReply()
         self._small.append((info, b"".join(pieces)))
-        self._smallSize += info.narSize
+        self._smallSize += info.narSize + self._connection.requestSize
         if len(self._small) >= MAX_POSTPONED or self._smallSize >= MAX_POSTPONED_SIZE:
             await self._settle()
 
@@ -467,15 +578,24 @@ class ServeServer(Protocol):
         self._stall.start()
 
     async def _answer(self, paths: Collection[StorePath], query: Callable[[], Any]) -> None:
-        """Reply with what a query says about paths that become roots."""
-        self._reply(await self._call(self._rooted, paths, query))
+        """Reply with what a query says about paths that become roots. It is encoded where it is made, in a worker."""
+        encode = self._connection.startReply()
+        self._pieces = await self._call(self._rooted, paths, lambda: deque(encode(query())))
+        self._account.measure()
+        while self._pieces:
+            self.transport.write(self._pieces.popleft())
+            self._stall.touch()
+            await self._drained()
+        self._connection.endStream()
 
     async def _stream(self, paths: Collection[StorePath], begin: Callable[[], Iterator[bytes]]) -> None:
         """Reply with a stream of paths that become roots: the replies to all that was postponed, or to one request."""
         self._connection.startStream(self._connection.postponed or 1)
-        outflow = NarOutflow(self._door, self.transport, partial(self._rooted, paths, begin), self._stall.touch)
-        await self._wait(outflow.start())
+        await self._wait(self._outflow(paths, begin).start())
         self._connection.endStream()
+
+    def _outflow(self, paths: Collection[StorePath], begin: Callable[[], Iterator[bytes]]) -> NarOutflow:
+        return NarOutflow(self._door, self.transport, partial(self._rooted, paths, begin), self._stall.touch)
 
     def _reply(self, value: Any) -> None:
         self.transport.write(self._connection.sendReply(value))
@@ -523,6 +643,8 @@ class ServeServer(Protocol):
         """The conversation is over: let go of everything, after what still runs in a thread."""
         self._exiting = True
         self._stall.close()
+        self._pieces.clear()
+        self._account.close()
         self._door.abandon()
         session: object = self._session
         if self._door.working and isinstance(session, Interruptible):

@@ -11,8 +11,10 @@ from twisted.internet.interfaces import IProtocol, IReactorTime
 from zope.interface import implementer
 
 from nixserve.protocol.descriptors import SESSION, Descriptors
-from nixserve.protocol.interfaces import IBuilds, IServeSessions, IWorkers
-from nixserve.protocol.policy import Peer, Policy
+from nixserve.protocol.interfaces import IBuilds, IServeSessions, ISharedWorkers
+from nixserve.protocol.limits import DEFAULT_LIMITS, Limits
+from nixserve.protocol.memory import Memory
+from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.server import STALL_SECONDS, ServeServer
 from nixserve.protocol.workers import whenFired
 from nixserve.store.api import Store
@@ -29,19 +31,24 @@ class ServeSessions:
     def __init__(
         self,
         store: Store,
-        workers: IWorkers,
+        workers: ISharedWorkers,
         clock: IReactorTime,
         isServed: Callable[[str], bool] = lambda uri: False,
         stallSeconds: float = STALL_SECONDS,
         builds: IBuilds | None = None,
         descriptors: Descriptors | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """
+        @param workers: the sessions of each key are one client of theirs.
         @param descriptors: those that each session is given.
         @param isServed: does this URI mean C{store}?
         @param builds: who builds on C{store}; without, requests to build are refused.
+        @param limits: what the sessions of one key may use.
         """
         self._descriptors = descriptors or Descriptors()
+        self._limits = limits
+        self._memory = Memory(clock, limits)
         self._builds = builds
         self._store = store
         self._workers = workers
@@ -56,11 +63,13 @@ class ServeSessions:
 
     def buildSession(self, policy: Policy, peer: Peer) -> IProtocol:
         """See L{IServeSessions}."""
-        name = peer.key or peer.address
-        self._descriptors.take(name, SESSION)
-        server = ServeServer(self._store, self._workers, policy, peer, self._clock, self._stallSeconds, self._builds)
+        self._descriptors.take(peer.client, SESSION)
+        workers = self._workers.of(peer.client, self._limits.requestsOf(Right.TRUST in policy.rights))
+        server = ServeServer(
+            *(self._store, workers, policy, peer, self._clock, self._stallSeconds, self._builds), memory=self._memory
+        )
         self._running.add(server)
-        server.ended.addCallback(lambda _: self._ended(server, name))
+        server.ended.addCallback(lambda _: self._ended(server, peer.client))
         return server
 
     def _ended(self, server: ServeServer, name: str) -> None:

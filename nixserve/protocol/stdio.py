@@ -20,7 +20,7 @@ from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IServeTransport
 
-__all__ = ["InputStream", "OutputStream", "StdioTransport", "StreamPair", "pendingOf"]
+__all__ = ["InputStream", "OutputStream", "StdioTransport", "StreamPair", "pendingOf", "registerProducer"]
 
 READ_SIZE = 256 * 1024
 """Bytes read from a pipe at once; Twisted's own reader of pipes takes 8 KiB, which halves the rate of a NAR."""
@@ -124,6 +124,17 @@ def pendingOf(descriptor: abstract.FileDescriptor) -> int:
     return len(descriptor.dataBuffer) - descriptor.offset + descriptor._tempDataLen
 
 
+def registerProducer(descriptor: Any, producer: Any) -> None:
+    """
+    Register a push producer, and pause it if too much waits to be written already. Twisted would do so at the next
+    write.
+    """
+    descriptor.registerProducer(producer, True)
+    if descriptor.producer is producer and pendingOf(descriptor) > descriptor.bufferSize:
+        descriptor.producerPaused = True
+        producer.pauseProducing()
+
+
 def _enlarge(fd: int) -> None:
     """Make a pipe larger, if the system lets us: fewer switches between the processes at its ends."""
     with suppress(OSError):
@@ -145,6 +156,15 @@ class StreamPair:
         """See L{IServeTransport}."""
         return 0 if self._output is None else self._output.sent
 
+    @property
+    def unsent(self) -> int:
+        """See L{IServeTransport}."""
+        return 0 if self._output is None else pendingOf(self._output)
+
+    def allowUnread(self, size: int) -> int:
+        """See L{IServeTransport}. What is not read stays in the pipe."""
+        return 0
+
     def write(self, data: bytes) -> None:
         """See L{IServeTransport}."""
         if self._output is not None and not self._exiting:
@@ -160,7 +180,7 @@ class StreamPair:
         if self._output is None:
             producer.stopProducing()
         else:
-            self._output.registerProducer(producer, streaming)
+            registerProducer(self._output, producer)
 
     def unregisterProducer(self) -> None:
         """See L{IServeTransport}."""

@@ -22,7 +22,7 @@ from nixserve.errors import NixServeError
 from nixserve.protocol.interfaces import IServeTransport
 from nixserve.protocol.workers import Door
 
-__all__ = ["MAX_QUEUED", "NarInflow", "NarOutflow", "StallTimer", "Throttle"]
+__all__ = ["MAX_QUEUED", "NarInflow", "NarOutflow", "StallTimer", "Throttle", "drained"]
 
 MAX_QUEUED = 1024 * 1024
 """Bytes in one queue: some milliseconds of work for a worker, so that neither side waits for the other's turn."""
@@ -297,6 +297,40 @@ class NarOutflow:
     def _cancelled(self) -> None:
         self.paused = True
         self._transport.unregisterProducer()
+
+
+def drained(transport: Consumer) -> Deferred[None]:
+    """
+    @return: fires when a transport takes more; at once, if it does. Cancelling gives up waiting.
+    """
+    return _Drain(transport).finished
+
+
+@implementer(IPushProducer)
+class _Drain:
+    """A producer that has nothing to write, and so only learns whether it might."""
+
+    def __init__(self, transport: Consumer) -> None:
+        self._transport = transport
+        self._paused = False
+        self.finished: Deferred[None] = Deferred(lambda _: transport.unregisterProducer())
+        transport.registerProducer(self, True)
+        if not self._paused:
+            self.resumeProducing()
+
+    def pauseProducing(self) -> None:
+        """The transport has enough for now."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """The transport wants more."""
+        if not self.finished.called:
+            self._transport.unregisterProducer()
+            self.finished.callback(None)
+
+    def stopProducing(self) -> None:
+        """The transport is gone. Its owner hears of it too and ends the session."""
+        self._paused = True
 
 
 class StallTimer:

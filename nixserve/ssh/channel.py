@@ -23,7 +23,6 @@ from twisted.internet.error import ConnectionAborted, ConnectionDone, Connection
 from twisted.internet.interfaces import (
     IDelayedCall,
     IHalfCloseableProtocol,
-    IProducer,
     IProtocol,
     IPushProducer,
     IReactorTime,
@@ -41,8 +40,8 @@ __all__ = ["ERROR_RESERVE", "FLUSH_SECONDS", "HIGH_WATER", "LOCAL_WINDOW", "LOW_
 
 # Conch's 128 KiB halve the speed on loopback and allow 1.8 MB/s over a link of 70 ms. 2 MiB is OpenSSH's own.
 LOCAL_WINDOW = 2 * 1024 * 1024
-# The peer's window is topped up in steps of this: small enough that a fast sender never runs dry.
-_CREDIT_STEP = LOCAL_WINDOW // 8
+# The peer's window is topped up in steps of this part of it: small enough that a fast sender never runs dry.
+_CREDIT_STEPS = 8
 
 # A producer is paused above the one and resumed below the other. Low enough for thousands of sessions, high enough
 # that TCP does not run dry while a producer's next piece comes from a thread.
@@ -68,6 +67,7 @@ class PacedChannel(SSHChannel):
     It is connected to a protocol by L{attach}. The protocol learns of the end once, by C{connectionLost}, in a turn
     of the reactor of its own; an exception out of the protocol ends its channel, not the connection.
 
+    @cvar firstWindow: bytes that the peer may send before the protocol says that it may send more.
     @cvar deliversAfterClose: whether bytes that arrived before the peer closed are still delivered to a protocol
         that has paused. A client wants them; on a server the session ends the moment its client is gone.
     @ivar protocol: the session's, while there is one.
@@ -76,6 +76,7 @@ class PacedChannel(SSHChannel):
     """
 
     name = b"session"
+    firstWindow = LOCAL_WINDOW
     deliversAfterClose = False
     requests: ClassVar[dict[bytes, str]] = {}
     # A PacedConnection, or None before it is opened; the module that defines it imports this one.
@@ -89,7 +90,7 @@ class PacedChannel(SSHChannel):
         @param clock: for delayed calls.
         @param kwargs: as L{SSHChannel} takes them.
         """
-        super().__init__(localWindow=LOCAL_WINDOW, localMaxPacket=MAX_PACKET, **kwargs)
+        super().__init__(localWindow=self.firstWindow, localMaxPacket=MAX_PACKET, **kwargs)
         self._clock = clock
         self.queue = SendQueue()
         self.queued = False
@@ -123,6 +124,11 @@ class PacedChannel(SSHChannel):
 
     # IServeTransport: sending
 
+    @property
+    def unsent(self) -> int:
+        """See L{IServeTransport}."""
+        return self.queue.outSize
+
     def write(self, data: bytes) -> None:
         """Queue bytes for the peer's standard input or output."""
         if self._closedForWriting():
@@ -145,7 +151,7 @@ class PacedChannel(SSHChannel):
         self.queue.writeError(data)
         self._wantToSend()
 
-    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
         """
         @raise RuntimeError: there is one already.
         @raise ValueError: it is a pull producer.
@@ -158,7 +164,9 @@ class PacedChannel(SSHChannel):
             producer.stopProducing()
             return
         self._producer = producer
-        self._producerPaused = False
+        self._producerPaused = self.queue.outSize > HIGH_WATER
+        if self._producerPaused:
+            producer.pauseProducing()
 
     def unregisterProducer(self) -> None:
         """The producer has written everything."""
@@ -270,6 +278,14 @@ class PacedChannel(SSHChannel):
 
     # IServeTransport: receiving
 
+    def allowUnread(self, size: int) -> int:
+        """Enlarge the window that the peer has; it is never made smaller."""
+        more = size - self.localWindowSize
+        if more > 0 and self._end is None and self.conn is not None:
+            self.localWindowSize = size
+            self.conn.adjustWindow(self, more)
+        return self.localWindowSize
+
     def pauseProducing(self) -> None:
         """Deliver nothing for now; what arrives waits here, at most a window of it."""
         self._paused = True
@@ -377,7 +393,7 @@ class PacedChannel(SSHChannel):
 
     def _credit(self, size: int) -> None:
         self._consumed += size
-        if self._consumed >= _CREDIT_STEP and self._end is None and self.conn is not None:
+        if self._consumed * _CREDIT_STEPS >= self.localWindowSize and self._end is None and self.conn is not None:
             size, self._consumed = self._consumed, 0
             self.conn.adjustWindow(self, size)
 

@@ -35,6 +35,7 @@ from nixserve.protocol.interfaces import IServeSessions
 from nixserve.protocol.logbudget import LogBudget, LogBudgets
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import READ_ONLY, Peer, Policy
+from nixserve.protocol.server import FIRST_WINDOW
 from nixserve.ssh.admission import TURN_BYTES, Admission, sourceOf
 from nixserve.ssh.authorizedkeys import AuthorizedKey, fingerprint
 from nixserve.ssh.channel import PacedChannel
@@ -342,6 +343,7 @@ class ServeConnection(PacedConnection):
 class ServeChannel(PacedChannel):
     """One session: the channel on which a client runs C{nix-store --serve}."""
 
+    firstWindow = FIRST_WINDOW
     avatar: ServeAvatar
     requests: ClassVar[dict[bytes, str]] = {
         b"exec": "requestExec",

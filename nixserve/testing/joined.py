@@ -102,6 +102,15 @@ class MemoryTransport:
         """See L{IServeTransport}."""
         self.write(b"".join(data))
 
+    @property
+    def unsent(self) -> int:
+        """See L{IServeTransport}."""
+        return len(self.written)
+
+    def allowUnread(self, size: int) -> int:
+        """See L{IServeTransport}. What is not read stays with the other end."""
+        return 0
+
     def writeError(self, data: bytes) -> None:
         """See L{IServeTransport}."""
         if self.status is None:

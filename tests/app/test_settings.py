@@ -12,6 +12,7 @@ from nixserve.app.service import Options, ServeService
 from nixserve.app.settings import ServiceSettings, chooseServedStore, parseStore, readConfig
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.errors import UsageError
+from nixserve.protocol.limits import Limits
 from nixserve.remote.address import RemoteAddress
 from nixserve.store.layout import StoreLayout
 
@@ -106,6 +107,18 @@ class TestBuilding:
         settings = parse(tmp_path, config=config)
         assert (settings.maxJobs, settings.builds.cores, settings.builds.sandbox) == (7, 3, SandboxMode.OFF)
         assert settings.builds.systemFeatures == features
+
+    def test_limitsOfKeys(self, tmp_path):
+        """What one key may use is told in MiB and requests, on the command line or in the file."""
+        assert parse(tmp_path).limits == Limits()
+        config = "max-key-memory = 300\nmax-untrusted-memory = '40'\nmax-key-requests = 3"
+        expected = Limits(keyMemory=300 << 20, untrustedMemory=40 << 20, keyRequests=3)
+        assert parse(tmp_path, config=config).limits == expected
+        words = ["--max-key-memory", "300", "--max-untrusted-memory", "40", "--max-key-requests", "3"]
+        assert parse(tmp_path, *words).limits == expected
+        for name in ("max-key-memory", "max-untrusted-memory", "max-key-requests"):
+            with pytest.raises(usage.UsageError, match=f"the value of '{name}' is '0'; it must be a number, 1 or more"):
+                parse(tmp_path, f"--{name}", "0")
 
     @pytest.mark.parametrize("config", [None, "max-jobs = 3"])
     def test_noBuilds(self, tmp_path, config):

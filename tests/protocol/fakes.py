@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from nixserve.protocol.interfaces import IServeTransport, IWorkers
+from nixserve.protocol.interfaces import IServeTransport, ISharedWorkers
 from nixserve.store.api import InvalidPath
 from nixserve.store.memory import MemoryStore
 from nixserve.testing import Pair
@@ -50,7 +50,18 @@ class RecordingTransport:
         self.producerPaused = False
         self.capacity = capacity
         self.unread = 0
+        self.window = None
         self.mostUnread = 0
+
+    @property
+    def unsent(self):
+        """See L{IServeTransport}."""
+        return self.unread
+
+    def allowUnread(self, size):
+        """See L{IServeTransport}."""
+        self.window = size
+        return size
 
     @property
     def sent(self):
@@ -132,7 +143,7 @@ class RecordingTransport:
         """See L{IServeTransport}."""
 
 
-@implementer(IWorkers)
+@implementer(ISharedWorkers)
 class SyncWorkers:
     """Runs everything at once."""
 
@@ -140,13 +151,17 @@ class SyncWorkers:
         self.reactor = Clock()
         self.calls = 0
 
+    def of(self, client, atOnce):
+        """See L{ISharedWorkers}."""
+        return self
+
     def call(self, function, *args, **kwargs):
         """See L{IWorkers}."""
         self.calls += 1
         return maybeDeferred(function, *args, **kwargs)
 
 
-@implementer(IWorkers)
+@implementer(ISharedWorkers)
 class ManualWorkers:
     """
     Runs what the test says, when it says so: a call first runs, as in a thread, and then its result arrives.
@@ -155,6 +170,10 @@ class ManualWorkers:
     def __init__(self):
         self.reactor = Clock()
         self.waiting = deque()
+
+    def of(self, client, atOnce):
+        """See L{ISharedWorkers}."""
+        return self
 
     def call(self, function, *args, **kwargs):
         """See L{IWorkers}."""

@@ -334,7 +334,7 @@ FAILING = [
     ("openSession", b""),
     ("addTempRoots", wire(1, 0, 0, [])),
     ("queryValidPaths", wire(1, 0, 0, [])),
-    ("queryPathInfos", wire(2, [])),
+    ("queryPathInfos", wire(2, [LIB.path])),
     ("queryClosure", wire(7, 0, [])),
     ("narsFromPaths", wire(3, LIB.path)),
     ("exportPaths", wire(5, 0, [])),

@@ -220,6 +220,29 @@ def test_nothingArrivesAfterTheExit(streams):
 
 
 @pytest_twisted.inlineCallbacks
+def test_producerThatComesLate(streams):
+    """A producer that comes when too much waits already is paused at once, and resumed when it has been read."""
+    size = left = 4 * 1024 * 1024
+    calls = []
+
+    class Late:
+        def pauseProducing(self):
+            calls.append("pause")
+
+        def resumeProducing(self):
+            calls.append("resume")
+            streams.transport.unregisterProducer()
+
+    streams.transport.write(bytes(size))
+    assert streams.transport.unsent > 1024 * 1024
+    streams.transport.registerProducer(Late(), True)
+    assert calls == ["pause"]
+    while calls != ["pause", "resume"]:
+        left -= len((yield deferToThread(os.read, streams.stdout, min(left, 1 << 20))))
+    assert streams.transport.unsent == 0
+
+
+@pytest_twisted.inlineCallbacks
 def test_readerGone(streams):
     """A reader that goes away while nothing is written is noticed at once, and the session lost."""
     streams.close("stdout")

@@ -257,6 +257,34 @@ def test_producerIsPausedAndResumed():
     assert producer.calls == ["pause", "resume"]
 
 
+def test_producerThatComesLate():
+    """A producer that comes when too much waits already is paused at once, and resumed like any other."""
+    harness = Harness(window=0)
+    harness.channel.write(b"x" * (HIGH_WATER + 1))
+    assert harness.channel.unsent == HIGH_WATER + 1
+    producer = Producer()
+    harness.channel.registerProducer(producer, True)
+    assert producer.calls == ["pause"]
+    harness.channel.addWindowBytes(HIGH_WATER)
+    harness.turn()
+    harness.turn()
+    assert producer.calls == ["pause", "resume"]
+    assert harness.channel.unsent == 1
+
+
+def test_windowOfASession():
+    """A session's peer may send little at first, and more when the protocol says so."""
+    harness = Harness(kind=type("Small", (PacedChannel,), {"firstWindow": 1000}))
+    channel = harness.channel
+    assert channel.localWindowLeft == 1000
+    assert channel.allowUnread(500) == 1000
+    assert channel.allowUnread(10_000) == 10_000
+    assert channel.localWindowLeft == 10_000
+    assert harness.transport.kinds() == [ADJUST]
+    harness.arrive(b"x" * 10_000)
+    assert channel.localWindowLeft == 10_000
+
+
 def test_producerRules():
     """One push producer at a time; one that comes too late is stopped at once; one that is there at the end, too."""
     harness = Harness()
