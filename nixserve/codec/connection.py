@@ -213,8 +213,11 @@ class ServerConnection(_Receiver):
 
     @property
     def requestSize(self) -> int:
-        """How many bytes of the request that is being read, or was read last, have arrived; NARs do not count."""
-        return self._reader.spent
+        """
+        How many bytes of the request that has no reply have arrived, or are announced to be part of it. Those of NARs
+        and of requests whose reply was postponed do not count.
+        """
+        return 0 if self.state is State.IDLE else self._reader.spent
 
     @property
     def postponed(self) -> int:

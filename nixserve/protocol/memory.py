@@ -110,8 +110,9 @@ class Memory:
     def look(self) -> None:
         """Somebody holds less: let those go on who may, in the order in which they came."""
         for account in list(self._waiting):
-            if account.mayGoOn():
-                del self._waiting[account]
+            # Who goes on may end at once, and so come here again.
+            if account in self._waiting and account.mayGoOn():
+                self.giveUp(account)
                 account.goOn()
         if not self._waiting and self._looking is not None:
             self._looking.cancel()

@@ -256,7 +256,6 @@ class ServeServer(Protocol):
             event = self._connection.nextEvent()
             if not isinstance(event, Pause):
                 return event
-            buffered = self._connection.buffered
             if self._connection.postponed:
                 await self._settle()
                 continue
@@ -264,23 +263,28 @@ class ServeServer(Protocol):
                 self._inflow.push()
             if self._cause is not None:
                 self._cause.raiseException()
-            if self._connection.requestSize > MAX_SMALL_REQUEST:
-                await self._room(0)
-                if self._connection.buffered > buffered:
-                    continue
+            if self._connection.requestSize > MAX_SMALL_REQUEST and await self._room(0):
+                # The peer may have ended meanwhile.
+                continue
             self._throttle.resume(self)
             self._wakeUp = Deferred()
             await self._wakeUp
 
-    async def _room(self, more: int) -> None:
-        """Wait until there is memory for C{more} bytes. The peer cannot act meanwhile: it is paused."""
+    async def _room(self, more: int) -> bool:
+        """
+        Wait until there is memory for C{more} bytes. The peer cannot act meanwhile: it is paused.
+
+        @return: whether that took any time.
+        """
         waiting = self._account.wait(more)
-        if waiting is not None:
-            self._throttle.pause(self._account)
-            self._stall.stop()
-            await self._wait(waiting)
-            self._stall.start()
-            self._throttle.resume(self._account)
+        if waiting is None:
+            return False
+        self._throttle.pause(self._account)
+        self._stall.stop()
+        await self._wait(waiting)
+        self._stall.start()
+        self._throttle.resume(self._account)
+        return True
 
     def _held(self) -> int:
         """Bytes of memory that this session uses."""
@@ -484,9 +488,9 @@ class ServeServer(Protocol):
         pieces: list[bytes] = []
         while isinstance(event := await self._event(), NarData):
             pieces.append(event.data)
+        self._smallSize += info.narSize + self._connection.requestSize
         self._connection.postponeReply()
         self._small.append((info, b"".join(pieces)))
-        self._smallSize += info.narSize + self._connection.requestSize
         if len(self._small) >= MAX_POSTPONED or self._smallSize >= MAX_POSTPONED_SIZE:
             await self._settle()
 

@@ -771,3 +771,21 @@ def test_replyInPieces():
         pass
     with pytest.raises(LocalProtocolError, match="the reply to DUMP_STORE_PATH is a stream"):
         server.startReply()
+
+
+def test_requestSize():
+    """What has arrived of a request counts until it is answered."""
+    server = ServerConnection(STORE_DIR)
+    server.receiveData(HELLO)
+    assert isinstance(server.nextEvent(), Hello)
+    server.sendHello()
+    assert isinstance(server.nextEvent(), VersionAgreed) and server.requestSize == 0
+    request = wire(1, 0, 0, [ZEROS])
+    server.receiveData(request[:-1])
+    while server.nextEvent() is not NEED_DATA:
+        pass
+    assert server.requestSize == len(request)
+    server.receiveData(request[-1:])
+    assert isinstance(server.nextEvent(), QueryValidPaths) and server.requestSize == len(request)
+    server.sendReply(frozenset())
+    assert server.requestSize == 0

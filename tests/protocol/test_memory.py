@@ -147,6 +147,18 @@ def test_endsMakeRoom():
     assert world.clock.getDelayedCalls() == []
 
 
+def test_goingOnToTheEnd():
+    """Whoever goes on may end in the same moment, and so let the next one go on."""
+    world = World()
+    sessions = [world.session(held=5) for _ in range(10)]
+    assert [session.grow(5) for session in sessions] == [True] + [False] * 9
+    for session in sessions[1:]:
+        session.waiting.addCallback(lambda _, session=session: session.account.close())
+    sessions[0].account.close()
+    assert all(session.goesOn for session in sessions)
+    assert world.memory._keys == {} and world.clock.getDelayedCalls() == []
+
+
 def test_givingUp():
     """Who no longer waits is not called, and keeps nobody from going on."""
     world = World()

@@ -214,6 +214,26 @@ def test_halfRequestsAreGivenUp():
     crowd.end()
 
 
+def test_endWhileWaitingForMemory():
+    """A client that ends its side inside a request that waits for memory is told so when it goes on."""
+    crowd = Crowd(keyMemory=4 * MIB)
+    half = [wire(1, 0, 0, 5000), *[wire(*PATHS[n : n + 500]) for n in range(0, 4000, 500)]]
+    sessions = [crowd.session() for _ in range(10)]
+    crowd.workers.drain()
+    for server, transport in sessions:
+        for piece in half:
+            if not transport.paused:
+                server.dataReceived(piece)
+    waiting, transport = next((server, transport) for server, transport in sessions if transport.paused)
+    waiting.readConnectionLost()
+    for server, _ in sessions:
+        if server is not waiting:
+            server.connectionLost()
+    crowd.workers.drain()
+    assert transport.errors == b"error: unexpected end-of-file\n"
+    crowd.end()
+
+
 def test_requestThatIsTooLargeForItsKey():
     """A request that needs more than its key may have is refused while it arrives, in one line."""
     crowd = Crowd(keyMemory=1 * MIB)
