@@ -460,12 +460,13 @@ def _readClosure(
 
 def _pathSetPieces(paths: Collection[StorePath], version: int) -> Iterator[bytes]:
     unique = paths if isinstance(paths, set | frozenset) else frozenset(paths)
+    if len(unique) <= AT_ONCE:
+        yield bytes(Writer().strings(sorted(unique)))
+        return
     writer = Writer().u64(len(unique))
     for batch in batches(inOrder(unique), AT_ONCE):
         yield bytes(writer.texts(batch))
         writer = Writer()
-    if not unique:
-        yield bytes(writer)
 
 
 def _readPathInfos(

@@ -97,6 +97,11 @@ class Memory:
                 self._untrusted.keys -= 1
         self.look()
 
+    @property
+    def isWaited(self) -> bool:
+        """Does anybody wait?"""
+        return bool(self._waiting)
+
     def wait(self, account: Account) -> None:
         """C{account} looks again when there may be room."""
         self._waiting[account] = None
@@ -148,10 +153,13 @@ class Account:
 
     def measure(self) -> None:
         """The session holds more or less than before."""
-        held = self._measure()
+        self.grew(self._measure() - self._held)
+
+    def grew(self, more: int) -> None:
+        """The session holds so much more than when it was measured."""
         for ledger in self.ledgers:
-            ledger.total += held - self._held
-        self._held = held
+            ledger.total += more
+        self._held += more
 
     def hasRoom(self, more: int) -> bool:
         """Could it hold C{more} bytes than it does, without being first in a line?"""
@@ -188,7 +196,7 @@ class Account:
                 f"('{own.setting}'): ask about fewer paths at once"
             )
         self._wanted = more
-        if self.hasRoom(more):
+        if all(self._fits(ledger, more) for ledger in self.ledgers):
             return None
         for ledger in self.ledgers:
             ledger.line[self] = None
@@ -213,7 +221,8 @@ class Account:
         self.measure()
         if self in self.ledgers[0].line:
             self._leaveLines()
-        self._memory.look()
+        if self._memory.isWaited:
+            self._memory.look()
 
     def close(self) -> None:
         """The session has ended."""

@@ -289,7 +289,7 @@ class ServeServer(Protocol):
     def _held(self) -> int:
         """Bytes of memory that this session uses."""
         request = REQUEST_MEMORY * (self._connection.requestSize + self._smallSize) + self._connection.buffered
-        reply = sum(map(len, self._pieces))
+        reply = sum(map(len, self._pieces)) if self._pieces else 0
         unsent = self.transport.unsent if not self._exiting else 0
         return SESSION_MEMORY + self._window + request + self._working + reply + unsent
 
@@ -354,17 +354,14 @@ class ServeServer(Protocol):
         """Wait until there is memory for what a request needs."""
         await self._room(size)
         self._working = size
-        self._account.measure()
+        self._account.grew(size)
 
     async def _endWork(self) -> None:
         """It is replied to. The next one comes when the peer has read enough of that."""
-        await self._drained()
-        self._working = 0
-        self._account.requestEnds()
-
-    async def _drained(self) -> None:
         if self.transport.unsent > MAX_UNSENT:
             await self._wait(drained(self.transport))
+        self._working = 0
+        self._account.requestEnds()
 
     def _gathers(self, request: Any) -> bool:
         """Is this request one more of those that are postponed?"""
@@ -443,6 +440,9 @@ class ServeServer(Protocol):
         What is registered; what is not valid is left out. Of many paths it is asked, encoded and sent in parts: no
         worker and no memory is kept by who is slow to read it.
         """
+        if len(request.paths) <= INFOS_AT_ONCE:
+            await self._answer(request.paths, partial(self._pathInfos, request.paths))
+            return
         encode = self._connection.startReply()
         outflow = self._outflow(request.paths, lambda: encode(self._pathInfos(request.paths)))
         await self._wait(outflow.start())
@@ -585,11 +585,13 @@ class ServeServer(Protocol):
         """Reply with what a query says about paths that become roots. It is encoded where it is made, in a worker."""
         encode = self._connection.startReply()
         self._pieces = await self._call(self._rooted, paths, lambda: deque(encode(query())))
-        self._account.measure()
+        if len(self._pieces) > 1:
+            self._account.measure()
         while self._pieces:
             self.transport.write(self._pieces.popleft())
             self._stall.touch()
-            await self._drained()
+            if self.transport.unsent > MAX_UNSENT:
+                await self._wait(drained(self.transport))
         self._connection.endStream()
 
     async def _stream(self, paths: Collection[StorePath], begin: Callable[[], Iterator[bytes]]) -> None:
