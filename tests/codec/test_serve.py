@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nixserve.codec import serve
+from nixserve.codec.aterm import MAX_STRINGS
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo
@@ -357,22 +358,22 @@ def test_badOutputs(output):
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "limit"),
     [
-        wire(1, 0, 0, MAX_SET_SIZE + 1),
-        wire(2, MAX_SET_SIZE + 1),
-        wire(5, 0, MAX_SET_SIZE + 1),
-        wire(6, 2**64 - 1),
-        wire(7, 0, 2**40),
-        wire(8, ONES_DRV, MAX_SET_SIZE + 1),
-        wire(8, ONES_DRV, [], [], "", "", MAX_SET_SIZE + 1),
-        wire(8, ONES_DRV, [], [], "", "", [], MAX_SET_SIZE + 1),
-        wire(9, ZEROS, "", COUNTING.hex, MAX_SET_SIZE + 1),
+        (wire(1, 0, 0, MAX_SET_SIZE + 1), MAX_SET_SIZE),
+        (wire(2, MAX_SET_SIZE + 1), MAX_SET_SIZE),
+        (wire(5, 0, MAX_SET_SIZE + 1), MAX_SET_SIZE),
+        (wire(6, 2**64 - 1), MAX_SET_SIZE),
+        (wire(7, 0, 2**40), MAX_SET_SIZE),
+        (wire(8, ONES_DRV, MAX_STRINGS + 1), MAX_STRINGS),
+        (wire(8, ONES_DRV, [], [], "", "", MAX_STRINGS + 1), MAX_STRINGS),
+        (wire(8, ONES_DRV, [], [], "", "", [], MAX_STRINGS + 1), MAX_STRINGS),
+        (wire(9, ZEROS, "", COUNTING.hex, MAX_SET_SIZE + 1), MAX_SET_SIZE),
     ],
 )
-def test_tooManyElements(data):
+def test_tooManyElements(data, limit):
     """Every count has its limit, and is refused when it is read."""
-    assert "is refused, the limit is 1000000" in refused(data)
+    assert f"is refused, the limit is {limit} at" in refused(data)
 
 
 @pytest.mark.parametrize(
