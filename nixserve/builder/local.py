@@ -107,7 +107,7 @@ class LocalBuilder:
         # What a client calls a derivation need not be its name. Were anything here named after that, whoever builds for
         # ever under the name of another's derivation would keep that one from being built.
         ownPath = drvPathOf(drv, self._store.storeDir)
-        locks = self._lock(ownPath, drv, known)
+        locks = self._lock(session, ownPath, drv, known)
         try:
             # Whoever had the locks before may have built it.
             if valid := self._ifValid(session, drv, known):
@@ -196,14 +196,18 @@ class LocalBuilder:
             )
         return True
 
-    def _lock(self, ownPath: StorePath, drv: BasicDerivation, known: Mapping[str, StorePath]) -> PathLocks:
+    def _lock(
+        self, session: LocalSession, ownPath: StorePath, drv: BasicDerivation, known: Mapping[str, StorePath]
+    ) -> PathLocks:
         """
         The locks of the outputs, as Nix takes them.
 
         @param ownPath: the derivation, by its true name.
         """
-        real = self._store.layout.realPath
-        return PathLocks([real(known[name]) if name in known else f"{real(ownPath)}.{name}" for name in drv.outputs])
+        if len(known) < len(drv.outputs):
+            # It keeps the lock files that are named after it from a collector.
+            session.addTempRoots([ownPath])
+        return session.lockPaths([known.get(name) or StorePath(f"{ownPath}.{name}") for name in drv.outputs])
 
     def _places(
         self,

@@ -53,7 +53,7 @@ from nixserve.store.contents import (
 from nixserve.store.files import deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.opening import fileSystemErrors
-from nixserve.store.pathlocks import LOCK_SUFFIX, NoLockFile, PathLocks, moveInto, vacate
+from nixserve.store.pathlocks import NoLockFile, PathLocks, moveInto, vacate
 from nixserve.store.restoring import PathRestorer, restoreNar
 from nixserve.store.roots import TempRoots
 from nixserve.store.uploads import Uploads, UploadWait
@@ -184,35 +184,37 @@ class Adder:
         with contextlib.suppress(StoreError):
             for info, nar in batch:
                 if info.path not in valid and info.path not in locks:
-                    lock = locks[info.path] = self._lock(info.path)
+                    lock = locks[info.path] = self.lockPaths([info.path])
                     stack.callback(lock.abandon)
                 yield info, nar
 
-    def _lock(self, path: StorePath) -> PathLocks:
+    def lockPaths(self, paths: Collection[StorePath]) -> PathLocks:
         """
-        Step 6. Of a path that is locked for us there is nothing to take and nothing to release.
+        Step 6, for objects that become valid together: all of the locks, or none. Of a path that is locked for us there
+        is nothing to take and nothing to release.
 
-        @raise Busy: somebody holds it.
-        @raise NoLockFile: a valid path lies where the lock file would be.
+        @param paths: roots of the session.
+        @raise Busy: somebody holds one.
+        @raise NoLockFile: a valid path lies where a lock file would be.
         """
-        real = [] if path in self.lockedForUs else [self.layout.realPath(path)]
-        try:
-            return PathLocks(real)
-        except NoLockFile:
-            if not self._clear(path + LOCK_SUFFIX):
-                raise
+        real = [self.layout.realPath(path) for path in paths if path not in self.lockedForUs]
+        for _ in real:
+            try:
+                return PathLocks(real)
+            except NoLockFile as error:
+                if not self._clear(os.path.basename(error.lockPath)):
+                    raise
         return PathLocks(real)
 
-    def _clear(self, name: str) -> bool:
+    def _clear(self, baseName: str) -> bool:
         """
         Remove what is left of an object that was not completed, as is done when that object is added.
 
-        @param name: a logical path, if it is one.
-        @return: whether there can be anything no more; not if it is valid.
+        @return: whether there can be anything no more; not if it is valid, or no object can be called so.
         @raise Busy: somebody is adding it.
         """
         try:
-            lock = self.lockInvalid(self.layout.storeDir.parse(name))
+            lock = self.lockInvalid(self.layout.storeDir.parseBaseName(baseName))
         except FormatError:
             return False
         if lock is not None:
@@ -310,7 +312,7 @@ class Adder:
         self.roots.addTempRoots([path])
         if self._validPaths.isAnyValid([path]):
             return None
-        lock = self._lock(path)
+        lock = self.lockPaths([path])
         try:
             if self._validPaths.isAnyValid([path]):
                 lock.unlock()

@@ -221,6 +221,16 @@ class LocalSession:
         self._requireWritable()
         self._adder.registerAll(infos)
 
+    def lockPaths(self, paths: Collection[StorePath]) -> PathLocks:
+        """
+        See L{Adder.lockPaths}.
+
+        @param paths: roots of this session.
+        @raise Busy: somebody holds a lock.
+        """
+        self._requireWritable()
+        return self._adder.lockPaths(paths)
+
     def lockScratch(self, paths: Collection[StorePath]) -> PathLocks:
         """
         See L{Adder.lockScratch}.

@@ -63,7 +63,18 @@ _SANDBOX_SUFFIX: Final = ".drv.chroot"
 
 
 class NoLockFile(StoreError):
-    """Something else lies where the lock file of a path would be: an object, or what is left of one."""
+    """
+    Something else lies where the lock file of a path would be: an object, or what is left of one.
+
+    @ivar lockPath: the physical path of the lock file.
+    """
+
+    def __init__(self, lockPath: str) -> None:
+        self.lockPath = lockPath
+        super().__init__(
+            f"cannot lock '{lockPath.removesuffix(LOCK_SUFFIX)}': '{lockPath}' is no lock file; if it is no valid path "
+            "either, a garbage collection removes it"
+        )
 
 
 class PathLocks:
@@ -232,10 +243,7 @@ def _requireLockFile(status: os.stat_result, lockPath: str) -> None:
     @raise NoLockFile: this is none.
     """
     if not _isLockFile(status, lockPath):
-        raise NoLockFile(
-            f"cannot lock '{lockPath.removesuffix(LOCK_SUFFIX)}': '{lockPath}' is no lock file; if it is no valid path "
-            "either, a garbage collection removes it"
-        )
+        raise NoLockFile(lockPath)
 
 
 def _isLockFile(status: os.stat_result, lockPath: str) -> bool:
