@@ -178,6 +178,12 @@ class RemotePathWriter:
         self._outgoing = Outgoing(link, info)
         self._spool = Spool() if needsContents(info) else None
         self._over = False
+        link.uploads.begin(info.path, self)
+
+    @property
+    def received(self) -> int:
+        """Bytes that have come."""
+        return self._intake.size
 
     def feed(self, data: bytes) -> None:
         """
@@ -222,6 +228,7 @@ class RemotePathWriter:
             self._outgoing.abort()
             if self._spool is not None:
                 self._spool.close()
+            self._link.uploads.end(self._info.path, self)
             self._link.unlock([self._info.path])
 
     def _requireUnfinished(self) -> None:

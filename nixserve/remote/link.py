@@ -22,6 +22,7 @@ from nixserve.protocol.client import ServeClient
 from nixserve.remote.sessions import Download, RemoteSessions, Upload
 from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.contents import DerivationMemo, readDerivation
+from nixserve.store.uploads import Uploads, UploadWait
 
 __all__ = ["AddingLocks", "Link"]
 
@@ -32,11 +33,17 @@ T = TypeVar("T")
 class AddingLocks:
     """
     Which paths the sessions of one store are adding. From any thread; nothing waits here.
+
+    They exclude nothing that matters, since the remote has locks of its own, but save it what is sent twice. So whoever
+    is sent next to nothing loses his to the next who asks (L{nixserve.store.uploads}).
+
+    @ivar uploads: what sessions are being sent.
     """
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
         self._holders: dict[StorePath, object] = {}
+        self.uploads = Uploads()
 
     def lock(self, path: StorePath, holder: object) -> None:
         """
@@ -45,6 +52,11 @@ class AddingLocks:
         with self._mutex:
             if path in self._holders:
                 raise Busy(f"the lock on '{path}'")
+            self._holders[path] = holder
+
+    def takeOver(self, path: StorePath, holder: object) -> None:
+        """Have a lock, whoever has had it."""
+        with self._mutex:
             self._holders[path] = holder
 
     def unlock(self, paths: Collection[StorePath], holder: object) -> None:
@@ -76,6 +88,7 @@ class Link:
         self.sessions = sessions
         self._reactor = reactor
         self._locks = locks
+        self._courtesy = UploadWait(locks.uploads)
         self._closed = False
         # What has been found valid while it was a root. It will stay so.
         self._kept: set[StorePath] = set()
@@ -170,9 +183,15 @@ class Link:
         Make an object and its references roots, and lock it.
 
         @return: whether it is not valid; only then it is locked.
-        @raise Busy: another session is adding it.
+        @raise Busy: another session is adding it, and it is worth waiting for that.
         """
-        self.lock(info.path)
+        try:
+            self.lock(info.path)
+        except Busy:
+            if self._locks.uploads.of(info.path) is None:
+                raise
+            self._courtesy.wait(info.path)
+            self._locks.takeOver(info.path, self)
         try:
             self.keep([info.path, *info.references])
             valid = info.path in self._kept
@@ -191,6 +210,11 @@ class Link:
         @raise Busy: one of them is adding it.
         """
         self._locks.lock(path, self)
+
+    @property
+    def uploads(self) -> Uploads:
+        """What all sessions of the store are being sent."""
+        return self._locks.uploads
 
     def unlock(self, paths: Collection[StorePath]) -> None:
         """Unlock what is locked of C{paths}. Never waits."""

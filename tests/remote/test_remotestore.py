@@ -26,10 +26,12 @@ from nixserve.protocol.childprocess import ProcessTransport
 from nixserve.protocol.client import ServeClient
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.store import RemoteStore
-from nixserve.store.api import InvalidPath
+from nixserve.store.api import Busy, InvalidPath
+from nixserve.store.files import deletePath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.store.memory import MemoryStore
+from nixserve.store.uploads import LOOK_SECONDS
 from nixserve.testing import FakeStore, Joined, StoreContract, addObject, makeInfo, makeNar
 from tests.interop.nix import NIX_CONFIG, ourProgram, requireProgram
 
@@ -487,3 +489,28 @@ async def test_at(tmp_path):
     local = LocalStore(StoreLayout.underRoot(str(root)))
     assert local.openSession().queryValidPaths([info.path]) == {info.path}
     local.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_pastADribble(tmp_path):
+    """Whoever is sent next to nothing does not keep another session from the same path for long."""
+    inner = LocalStore(StoreLayout.underRoot(str(tmp_path)), reservedSize=0)
+    store = RemoteStore(reactor, Remote(inner).open)
+    slow, quick = store.openSession(), store.openSession()
+    now = [100.0]
+    quick._link._courtesy._clock = lambda: now[0]
+    info = makeInfo("x", LARGE)
+    dribbling = await inThread(slow.addToStore, info)
+    await inThread(dribbling.feed, LARGE[:100])
+    with pytest.raises(Busy, match="another upload of"):
+        await inThread(quick.addToStore, info)
+    now[0] += LOOK_SECONDS + 1
+    passing = await inThread(quick.addToStore, info)
+    await inThread(passing.feed, LARGE)
+    await inThread(passing.finish)
+    await inThread(dribbling.feed, LARGE[100:])
+    await inThread(dribbling.finish)
+    assert await inThread(lambda: b"".join(quick.narFromPath(info.path))) == LARGE
+    for closing in (slow.close, quick.close, store.close, inner.close):
+        await inThread(closing)
+    deletePath(inner.layout.realStoreDir)
