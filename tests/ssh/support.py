@@ -13,6 +13,7 @@ from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IErrorReceiver, IServeSessions
 from nixserve.protocol.policy import EVERYTHING
+from nixserve.ssh.channel import LOCAL_WINDOW
 from nixserve.ssh.client import SSHCommandEndpoint
 from nixserve.ssh.keys import AuthorizedKeysChecker, AuthorizedKeysFile, loadHostKey
 from nixserve.ssh.server import ServeFactory, ServeRealm
@@ -33,6 +34,10 @@ class Session(Protocol):
         self.lost = None
         self.ended = Deferred()
         self.eof = False
+
+    def connectionMade(self):
+        """Take as much as real sessions that have something to receive."""
+        self.transport.allowUnread(LOCAL_WINDOW)
 
     def dataReceived(self, data):
         if self.mode is None:
