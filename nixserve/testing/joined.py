@@ -27,7 +27,7 @@ from zope.interface import implementer
 
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
-from nixserve.protocol.interfaces import IBuilds, IServeTransport, IWorkers
+from nixserve.protocol.interfaces import IBuilds, IServeTransport, ISharedWorkers, IWorkers
 from nixserve.protocol.policy import EVERYTHING, Peer, Policy
 from nixserve.protocol.server import ServeServer
 from nixserve.protocol.workers import Door
@@ -43,7 +43,7 @@ CAPACITY = 64 * 1024
 """Bytes on their way in one direction after which the sender is paused, as by a real connection."""
 
 
-@implementer(IWorkers)
+@implementer(ISharedWorkers)
 class ImmediateWorkers:
     """
     Workers that run everything at once, in the thread that asks.
@@ -54,6 +54,10 @@ class ImmediateWorkers:
         @param reactor: by whose clock waits for locks are counted.
         """
         self.reactor = reactor
+
+    def of(self, client: str, atOnce: int) -> IWorkers:
+        """See L{ISharedWorkers}."""
+        return self
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:
         """See L{IWorkers}."""
