@@ -143,6 +143,16 @@ async def test_failure():
 
 
 @pytest_twisted.ensureDeferred
+async def test_anotherOutput():
+    """What a remote says about outputs of others is not passed on."""
+    evil = Realisation(makeInfo("evil", b"").path)
+    chain = Chain(lambda drvPath, drv: Built(BuildResult(BuildStatus.BUILT, builtOutputs={"out": evil})))
+    with pytest.raises(RemoteError, match=f"says that it has built '{evil.outPath}' as its output 'out'"):
+        await chain.client.buildDerivation(*derivation("x"))
+    await chain.close()
+
+
+@pytest_twisted.ensureDeferred
 async def test_clientGone():
     """A build ends with the client that wanted it, at the far end too."""
     cancelled = []
