@@ -248,6 +248,21 @@ def test_lockFileInPlaceOfAnOutput(diverted):
     assert tries == [0] and contents(diverted, build.known["out"]) == b"x"
 
 
+def test_flagsOfInodes(diverted):
+    """Flags that a builder gives its files, which everybody may give to their own, are not those of the object."""
+    build = Build(diverted)
+    build.write(out={"directory": {}, "file": b"x"})
+    place = build.place("out")
+    names = ("", "/directory", "/file")
+    for name in names:
+        done = subprocess.run(["chattr", "+dA", place + name], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("a file system without flags, or no chattr")
+    path = real(diverted, build.register()["out"])
+    listed = subprocess.run(["lsattr", "-d", *(path + name for name in names)], capture_output=True, check=True).stdout
+    assert len(listed.split()) == 6 and not {*b"".join(listed.split()[::2])} & {*b"dA"}
+
+
 # What is registered.
 
 

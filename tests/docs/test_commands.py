@@ -194,3 +194,15 @@ def test_configurationExample(tmp_path):
     (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/deployment.md").read_text(), re.S)
     (tmp_path / "config.toml").write_text(text)
     assert set(CONFIG_KEYS) - set(readConfig(str(tmp_path / "config.toml"))) <= {"host-key", "socket"}
+
+
+def test_testsThatAreNamed():
+    """What docs/security.md promises by the name of a test has that test."""
+    source = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    source += "\n".join(path.read_text() for path in (ROOT / "nixserve/testing").glob("*.py"))
+    modules = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    names = re.findall(r"`((?:test_|Test)\w+(?:\.py)?)`", (ROOT / "docs/security.md").read_text())
+    assert len(names) > 50
+    for name in names:
+        found = name in modules if name.endswith(".py") else re.search(rf"(?:def|class) {name}\b", source)
+        assert found, name
