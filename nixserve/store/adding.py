@@ -91,6 +91,8 @@ class Adder:
         self._memo: DerivationMemo = {}
         hashPart = base32.encode(os.urandom(20))
         self._scratch = StorePath(f"{layout.storeDir.path}/{hashPart}-{_SCRATCH_NAME}")
+        # Where an import would have most room; its path is not known before its end.
+        self._shortest = StorePath(f"{layout.storeDir.path}/{hashPart}-x")
         self._courtesy = UploadWait(uploads)
         self._places: dict[str, PathLocks] = {}
         self._numbers = itertools.count(1)
@@ -110,7 +112,9 @@ class Adder:
         self._courtesy.wait(info.path)
         place = self._takePlace()
         try:
-            writer = LocalPathWriter(self, info, place, PathRestorer(place, info.narSize))
+            writer = LocalPathWriter(
+                self, info, place, PathRestorer(place, info.narSize, self.layout.realPath(info.path))
+            )
         except BaseException:
             self.giveBack(place)
             raise
@@ -246,7 +250,7 @@ class Adder:
         """
         place = self._takePlace()
         try:
-            writer = LocalImportWriter(self, place, PathRestorer(place))
+            writer = LocalImportWriter(self, place, PathRestorer(place, realPath=self.layout.realPath(self._shortest)))
         except BaseException:
             self.giveBack(place)
             raise
@@ -533,6 +537,7 @@ class LocalImportWriter(_Writer):
                 self._restore()
                 self._restored = True
             restorer = self._restorer
+            restorer.checkPaths(self._adder.layout.realPath(path))
             self._install(ValidPathInfo(path, restorer.narHash, restorer.narSize, frozenset(references), deriver))
         except Busy:
             raise

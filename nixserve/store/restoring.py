@@ -52,14 +52,18 @@ class PathRestorer:
     @ivar narSize: how many bytes of the NAR were fed so far; after L{finish} its size.
     """
 
-    def __init__(self, target: str, maxSize: int | None = None) -> None:
+    def __init__(self, target: str, maxSize: int | None = None, realPath: str | None = None) -> None:
         """
         @param target: what the root of the NAR becomes. The directory for it must exist, it itself must not.
         @param maxSize: how many bytes the NAR may have, where that is known.
+        @param realPath: where it will be in the end, if that is elsewhere: its paths must be possible there.
         @raise StoreError: the directory that should contain C{target} cannot be opened.
         """
         self.narSize = 0
         self._target = target
+        self._longer = 0 if realPath is None else len(os.fsencode(realPath)) - len(os.fsencode(target))
+        # Of the longest path in it, and that of the root where it will be.
+        self._longest = self._rootSize = len(os.fsencode(target)) + self._longer
         self._parser = NarParser(maxSize)
         self._digest = hashlib.sha256()
         self._narHash: Hash | None = None
@@ -136,6 +140,14 @@ class PathRestorer:
             canonicalisePathMetaData(self._target)
         self._narHash = Hash("sha256", self._digest.digest())
 
+    def checkPaths(self, realPath: str) -> None:
+        """
+        What is complete gets another name than was thought.
+
+        @raise nixserve.store.contents.PathTooLong: a path in it is not possible there.
+        """
+        checkPathSize(self._longest - self._rootSize + len(os.fsencode(realPath)), os.fsencode(realPath))
+
     def abort(self) -> None:
         """Give up. What has been created stays. Safe at any time, also twice and after L{finish}."""
         self._open = False
@@ -165,9 +177,11 @@ class PathRestorer:
     def _setName(self, name: bytes) -> None:
         """Note the name of what is created now."""
         self._name = name or self._walk.base
-        size = self._walk.pathSize + 1 + len(self._name)
-        if size > MAX_PATH_SIZE:
-            checkPathSize(size, os.fsencode(self._walk.path(self._name)))
+        size = self._walk.pathSize + 1 + len(self._name) + self._longer
+        if size > self._longest:
+            self._longest = size
+            if size > MAX_PATH_SIZE:
+                checkPathSize(size, os.fsencode(self._walk.path(self._name)))
 
     def _startFile(self, event: Regular) -> None:
         """Create a file."""

@@ -2,6 +2,7 @@
 L{nixserve.store.local}: the contract on disk, and what only a store on disk has.
 """
 
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -15,7 +16,7 @@ from dataclasses import replace
 import pytest
 
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import regularStart
+from nixserve.codec.nar import Directory, EndDirectory, encodeNar, regularStart
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import NixServeError, StoreError, UsageError
 from nixserve.store import adding
@@ -686,6 +687,25 @@ def test_lockedForUsFails(store, layout):
     taken.abandon()
     writer.finish()
     held.abandon()
+
+
+def test_pathsTooLongUnderTheFinalName(store, layout):
+    """It is its own name that decides how deep an object may be, not the one under which it is restored."""
+    name = b"d" * 99
+    for called, more in (("x" * 200, 1), ("x", 0)):
+        path = makeInfo(called, HELLO).path
+        left = 4095 - len(layout.realPath(path))
+        names = [name] * (left // 100)
+        names[-1] += b"d" * (left % 100 + more)
+        deep = encodeNar([Directory(b""), *map(Directory, names), *[EndDirectory()] * (len(names) + 1)])
+        nar = b"".join(deep)
+        info = makeInfo("x", nar, path=path)
+        for add in adders(info, nar):
+            session = store.openSession()
+            with pytest.raises(StoreError, match="File name too long") if more else contextlib.nullcontext():
+                add(session)
+            session.close()
+        assert store.validPaths.queryValidPaths([path]) == (set() if more else {path})
 
 
 # --- names of ours in the store directory -----------------------------------------------------------------
