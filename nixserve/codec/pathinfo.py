@@ -82,7 +82,8 @@ class Signature:
     """
     An Ed25519 signature of a L{fingerprint<ValidPathInfo.fingerprint>}.
 
-    @ivar keyName: the name of the key that made it, not empty, without a colon.
+    @ivar keyName: the name of the key that made it, not empty, without a colon, blanks and control characters: in a
+        database signatures stand side by side, with a blank between them.
     @ivar signature: 64 bytes.
     """
 
@@ -99,6 +100,11 @@ class Signature:
         if not keyName:
             raise FormatError(
                 "signature is corrupt: it has no key name", expected="'<key name>:<base64>'", found=text[:200]
+            )
+        # Of one with a blank Nix would make two, neither of which it takes; surrogates are no text to a database.
+        if " " in keyName or not keyName.isprintable():
+            raise FormatError(
+                f"signature by key {keyName[:200]!a} is corrupt: the name of a key has no blanks or control characters"
             )
         try:
             signature = base64.b64decode(encoded, validate=True)

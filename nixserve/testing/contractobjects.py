@@ -75,6 +75,8 @@ class ObjectContract(StoreCase):
         """Some versions of Nix fail on malformed signatures, so none gets in."""
         info = makeInfo("x", self.HELLO, sigs=frozenset({"key:short"}))
         self.assertRefused(info, self.HELLO, "signature by key 'key' is corrupt", FormatError)
+        twoInADatabase = replace(info, sigs=frozenset({"a b-1:" + "A" * 86 + "=="}))
+        self.assertRefused(twoInADatabase, self.HELLO, "signature by key 'a b-1' is corrupt", FormatError)
 
     def test_otherStoreDir(self) -> None:
         """Objects of another store directory cannot be added."""

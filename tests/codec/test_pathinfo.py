@@ -118,6 +118,9 @@ def test_signatureRoundTrip(signature):
         SIGNATURE.replace("Ag==", "Ah=="),
         SIGNATURE.replace("test-1:", "test-1:x:"),
         SIGNATURE + "é",
+        # In the database of a store these would be two, or none.
+        *(f"test{character}{SIGNATURE}" for character in (" ", "\t", "\n", "\0", "\x1b", "\x85", "\xa0", "\udc80")),
+        f" {SIGNATURE}",
     ],
 )
 def test_signatureRejects(text):
