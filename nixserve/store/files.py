@@ -45,6 +45,9 @@ CHUNK_SIZE = 256 * 1024
 # A file up to this size is read in one go and joined with its neighbours.
 _SMALL_FILE = 64 * 1024
 
+# Entries of a directory that are simply kept while it is dumped: as much memory as half a chunk.
+_FEW = 1000
+
 # O_NONBLOCK, so that a FIFO put in the place of a file is an error and no wait.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -123,7 +126,7 @@ def dumpPath(path: str, chunkSize: int = CHUNK_SIZE) -> Iterator[bytes]:
                     elif kind == stat.S_IFDIR:
                         walk.enter(name)
                         name = b""
-                        levels.append(iter(sortedEntries(walk.fd)))
+                        levels.append(_compact(sortedEntries(walk.fd)))
                         if chunk := chunks.add(directoryStart(title)):
                             yield chunk
                         break
@@ -160,6 +163,23 @@ def sortedEntries(fd: int) -> list[tuple[bytes, int]]:
             entries.append((os.fsencode(entry.name), kind))
     entries.sort()
     return entries
+
+
+def _compact(entries: list[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """
+    The same in a tenth of the memory if it is much: a reader who takes his time, or many of them, in a directory with a
+    million files would make us keep a hundred MiB each.
+    """
+    return iter(entries) if len(entries) <= _FEW else _unpack(b"".join([b"%c%b/" % (k >> 12, n) for n, k in entries]))
+
+
+def _unpack(entries: bytes) -> Iterator[tuple[bytes, int]]:
+    """Names and file types from one string: a byte for the type, the name, a slash."""
+    start = 0
+    while start < len(entries):
+        end = entries.index(b"/", start + 1)
+        yield entries[start + 1 : end], entries[start] << 12
+        start = end + 1
 
 
 def _dumpRegular(walk: Walk, name: bytes, title: bytes, chunks: _Chunks) -> Iterator[bytes]:

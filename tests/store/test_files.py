@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -129,6 +130,29 @@ class TestDump:
         short = [chunk for chunk in chunks[:-1] if len(chunk) < chunkSize - files.MAX_NODE_HEADER]
         # A small file that does not fit any more leaves room; that is the only reason for a chunk that is not full.
         assert all(len(chunk) > chunkSize - files._SMALL_FILE - files.MAX_NODE_HEADER for chunk in short)
+
+    def test_manyEntries(self, place):
+        """A directory with many entries of every sort, and others after it."""
+        sorts = [File(b"x"), Link(b"t"), {}, {b"a": File()}]
+        many = {b"%d\xff\n" % number: sorts[number % 4] for number in range(3000)}
+        trees.write({b"a": File(), b"b": many, b"c": {b"d": File()}}, os.fsencode(place) + b"/x")
+        assert dump(place + "/x") == encode({b"a": File(), b"b": many, b"c": {b"d": File()}})
+
+    def test_waitingCostsLittle(self, place):
+        """Whoever is slow to read a directory with many entries does not make us keep an object for each."""
+        os.mkdir(place + "/x")
+        Path(place, "x", "0").touch()
+        for number in range(1, 8000):
+            os.link(place + "/x/0", f"{place}/x/{number}")
+        tracemalloc.start()
+        try:
+            stream = dumpPath(place + "/x", 8192)
+            next(stream)
+            kept = tracemalloc.get_traced_memory()[0]
+            stream.close()
+        finally:
+            tracemalloc.stop()
+        assert kept < 30 * 8000
 
     @pytest.mark.parametrize("where", ["{}/x", "{}/dir/x"])
     @pytest.mark.parametrize("make", [os.mkfifo, lambda path: socket.socket(socket.AF_UNIX).bind(path)])
