@@ -30,6 +30,7 @@ from nixserve.errors import FormatError, StoreError
 __all__ = [
     "MAX_DERIVATION_SIZE",
     "MAX_PATH_SIZE",
+    "MAX_SELF_REFERENCES",
     "DerivationMemo",
     "DrainingWriter",
     "HashModulo",
@@ -54,6 +55,13 @@ MAX_REMEMBERED: Final = 200_000
 
 #: Bytes in the path of a file in an object: the kernel's PATH_MAX without the NUL.
 MAX_PATH_SIZE: Final = 4095
+
+#: Occurrences of its own hash part in an object that is addressed by its contents. Each takes 8 bytes of memory and a
+#: step by itself; the path of so many, without anything else, would be a quarter of a GiB.
+MAX_SELF_REFERENCES: Final = 4 * 1024 * 1024
+
+#: Offsets that are hashed together.
+_OFFSETS_AT_ONCE: Final = 10_000
 
 DerivationMemo = dict[StorePath, Hash | None]
 """Hashes of derivations found before, see L{nixserve.codec.derivation.hashDerivationModulo}."""
@@ -138,13 +146,20 @@ class HashModulo:
         self._rest = b""
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes, cut anywhere."""
+        """
+        Take the next bytes, cut anywhere.
+
+        @raise StoreError: the hash part occurs in it more than L{MAX_SELF_REFERENCES} times.
+        """
         buffer = self._rest + data
         found = buffer.find(self._needle)
         if found >= 0:
             while found >= 0:
                 self._offsets.append(self._hashed + found)
                 found = buffer.find(self._needle, found + len(self._needle))
+            if len(self._offsets) > MAX_SELF_REFERENCES:
+                part = self._needle.decode("ascii")
+                raise StoreError(f"object '{part}-…' contains its own hash part more than {MAX_SELF_REFERENCES} times")
             buffer = buffer.replace(self._needle, bytes(len(self._needle)))
         ready = max(0, len(buffer) - len(self._needle) + 1)
         self._digest.update(memoryview(buffer)[:ready])
@@ -156,8 +171,9 @@ class HashModulo:
         @return: the hash; the stream is at its end.
         """
         self._digest.update(self._rest)
-        for offset in self._offsets:
-            self._digest.update(b"|%d" % offset)
+        for start in range(0, len(self._offsets), _OFFSETS_AT_ONCE):
+            offsets = self._offsets[start : start + _OFFSETS_AT_ONCE]
+            self._digest.update(b"".join([b"|%d" % offset for offset in offsets]))
         return Hash(self._algo, self._digest.digest())
 
 

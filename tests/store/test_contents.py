@@ -58,6 +58,17 @@ def test_hashModuloOverlapping():
     assert hashing.finish().digest == hashlib.sha256(bytes(32) + b"0" * 8 + b"|0").digest()
 
 
+def test_hashModuloOfMany(monkeypatch):
+    """Occurrences may be many, and yet have a limit: each is kept until the end."""
+    count = 25_000
+    monkeypatch.setattr(contents, "MAX_SELF_REFERENCES", count)
+    data = HASH_PART.encode() * count
+    offsets = b"".join(b"|%d" % (32 * number) for number in range(count))
+    assert modulo(data, 100_000).digest == hashlib.sha256(bytes(len(data)) + offsets).digest()
+    with pytest.raises(StoreError, match="contains its own hash part more than 25000 times"):
+        modulo(data + HASH_PART.encode(), 100_000)
+
+
 def test_hashModuloVector():
     """The self-referring object that Nix 2.8 made."""
     nar = makeNar(f"me /nix/store/{HASH_PART}-self\n".encode())
