@@ -82,7 +82,7 @@ class _Build:
     """
     One build, from the first client's wish to the result.
 
-    @ivar client: who asked first.
+    @ivar client: who asked first of those that still wait.
     @ivar waiting: who waits for the result.
     @ivar session: keeps what it needs and makes from the garbage collector.
     @ivar step: what it waits for before it runs.
@@ -434,12 +434,17 @@ class Builds:
 
     def _dequeue(self, build: _Build) -> None:
         build.turn = None
-        for name, queue in list(self._queues.items()):
-            if build in queue:
-                queue.remove(build)
-            if not queue:
-                del self._queues[name]
+        for name in list(self._queues):
+            self._unqueue(build, name)
         self._lookAgain()
+
+    def _unqueue(self, build: _Build, name: str) -> None:
+        """Take a build out of the queue of one client, if it is there."""
+        queue = self._queues[name]
+        if build in queue:
+            queue.remove(build)
+        if not queue:
+            del self._queues[name]
 
     def _nextTurn(self) -> None:
         """Start what may start: of each client's queue its first, then on to the next client."""
@@ -490,9 +495,17 @@ class Builds:
     # --- the end --------------------------------------------------------------------------------------------
 
     def _leave(self, build: _Build, result: Deferred[BuildResult]) -> None:
-        build.log.leave(build.waiting.pop(result).listener)
+        left = build.waiting.pop(result)
+        build.log.leave(left.listener)
         if not build.waiting:
             build.cancel()
+            return
+        if left is build.client:
+            # From now on it runs for somebody else, and must not keep this one from having one of its own.
+            build.client = next(iter(build.waiting.values()))
+        if build.turn is not None and left.name not in {client.name for client in build.waiting.values()}:
+            self._unqueue(build, left.name)
+        self._lookAgain()
 
     def _failed(self, failure: Failure, build: _Build) -> BuildResult:
         """What went wrong around a build rather than in it."""

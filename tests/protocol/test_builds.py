@@ -106,6 +106,38 @@ def test_noExtraForThoseInTurn():
     world.settle().clean()
 
 
+def test_leavingWhatOthersWant():
+    """
+    A build that its first client has left runs for who still waits: it counts as that one's, not as that of who left,
+    who may be given an extra one.
+    """
+    world = World(1, extraJobs=1)
+    first = world.client("a").build("shared")
+    world.settle()
+    world.client("hog").build("shared")
+    first.leave("shared")
+    first.build("a1")
+    assert world.settle().running == ["shared"]
+    world.reactor.advance(EXTRA_SECONDS)
+    assert world.settle().running == ["shared", "a1"]
+    world.finish("shared", "a1").clean()
+
+
+def test_leavingTheQueueToOthers():
+    """A build that waits leaves the queue of a client that has gone, and uses up no turn of it."""
+    world = World(1)
+    world.client("busy").build("b1")
+    world.settle()
+    first = world.client("a").build("shared", "a1")
+    world.client("hog").build("h1", "shared")
+    world.settle()
+    first.leave("shared")
+    assert world.finish("b1").running == ["a1"]
+    assert world.finish("a1").running == ["shared"]
+    assert world.finish("shared").running == ["h1"]
+    world.finish("h1").clean()
+
+
 def test_noExtraForThoseWhoLeft():
     """A client that has gone while it was kept out leaves nothing to look at; nor does the end of all builds."""
     world = World(1, extraJobs=1)
