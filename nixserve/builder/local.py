@@ -44,6 +44,10 @@ _HOMELESS: Final = "/homeless-shelter"
 #: The name of the place in the store directory that a build works in. A random hash part stands before it.
 _WORK_NAME: Final = "nixserve-build"
 
+#: Outputs of a derivation. Each has a lock, which is an open file, and is looked for in all that the builder sees. Real
+#: ones have up to a dozen or two.
+_MAX_OUTPUTS: Final = 64
+
 _ZERO_HASH: Final = Hash("sha256", bytes(32))
 
 
@@ -134,6 +138,8 @@ class LocalBuilder:
         @raise BuildError: it cannot be built, by anybody.
         @raise FormatError: a name is none. Directories and locks are named after them.
         """
+        if len(drv.outputs) > _MAX_OUTPUTS:
+            raise _miscFailure(f"cannot build '{drvPath}': it has more than {_MAX_OUTPUTS} outputs")
         for name in (derivationName(drvPath), drv.name, *drv.outputs):
             checkName(name)
         kind = drv.kind()

@@ -31,7 +31,7 @@ comes by.
 _WORKER = MAX_BATCH + 8
 """Of a worker in the middle of a batch: a lock for each object, and the database."""
 
-_BUILD = 64
+_BUILD = 128
 """Of a build that runs: its terminal, its log, locks of its outputs, pipes to its processes, a tree."""
 
 _COMMON = 128

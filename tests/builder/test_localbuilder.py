@@ -195,6 +195,19 @@ def test_builds(building):
     assert os.listdir(building.store.layout.tempRootsDir) == []
 
 
+def test_manyOutputs(building):
+    """Each output is a lock, an open file: a derivation with more than any has is refused before there is one."""
+    drv = derivation(building.store, "true", outputs=["out", *(f"o{number}" for number in range(64))])
+    before = len(os.listdir("/proc/self/fd"))
+    result = building.prepare(drv)
+    try:
+        assert len(os.listdir("/proc/self/fd")) < before + 32
+        assert result.status == BuildStatus.MISC_FAILURE and "more than 64 outputs" in result.errorMsg
+    finally:
+        building.session.close()
+    assert leftovers(building.store) == []
+
+
 def test_alreadyValid(building):
     """What is there is not built again, and the result has no times; the outputs are named all the same."""
     first = building.script("echo hi > $out")
