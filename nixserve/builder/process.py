@@ -39,6 +39,8 @@ _MAX_PROCESSES = 32768
 _READ_SIZE = 64 * 1024
 # Seconds for the last lines to reach whoever watches.
 _FLUSH_TIMEOUT = 2.0
+# How long to sleep at most, in milliseconds: poll(2) takes no more than 24 days, and a client may allow 136 years.
+_LONGEST_SLEEP = 3_600_000
 # <sys/personality.h>: ADDR_NO_RANDOMIZE, PER_LINUX32.
 _NO_RANDOMIZE, _LINUX32 = 0x40000, 0x8
 
@@ -337,7 +339,7 @@ class _Run:
     def _millisecondsLeft(self) -> int | None:
         """How long to sleep at most."""
         first = min((deadline for deadline, _ in self._deadlines()), default=None)
-        return None if first is None else max(0, math.ceil((first - time.monotonic()) * 1000))
+        return None if first is None else min(_LONGEST_SLEEP, max(0, math.ceil((first - time.monotonic()) * 1000)))
 
     def _expired(self) -> Ending | None:
         """Which time is up."""

@@ -208,6 +208,13 @@ def test_manyOutputs(building):
     assert leftovers(building.store) == []
 
 
+def test_longTimes(building):
+    """Limits of time that nobody lives to see are like none."""
+    building.log = b""
+    drv = derivation(building.store, "echo hi > $out")
+    assert building.build(drv, buildTimeout=2**32 - 1, maxSilentTime=2**32 - 1).status == BuildStatus.BUILT
+
+
 def test_alreadyValid(building):
     """What is there is not built again, and the result has no times; the outputs are named all the same."""
     first = building.script("echo hi > $out")
