@@ -20,6 +20,10 @@ from nixserve.errors import BuildError
 
 __all__ = ["DerivationOptions", "OutputChecks"]
 
+#: Bytes of an attribute that has a meaning here, where it is an environment variable: no process can be given more
+#: (Linux, MAX_ARG_STRLEN). Read as words, it becomes thirty times as much.
+_MAX_VARIABLE = 128 * 1024
+
 _isFileName = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*").fullmatch
 _words = re.compile(r"[^ \t\n\r]+").findall
 
@@ -133,7 +137,15 @@ class _EnvAttributes:
         return self._env[name] == "1" if name in self._env else default
 
     def strings(self, name: str) -> tuple[str, ...] | None:
-        return tuple(_words(self._env[name])) if name in self._env else None
+        return tuple(self._wordsOf(name)) if name in self._env else None
+
+    def _wordsOf(self, name: str) -> list[str]:
+        text = self._env.get(name, "")
+        if len(text) > _MAX_VARIABLE:
+            raise BuildError(
+                BuildStatus.INPUT_REJECTED, f"attribute '{name}' of derivation is longer than {_MAX_VARIABLE} bytes"
+            )
+        return _words(text)
 
     def outputChecks(self, outputName: str) -> OutputChecks:
         # The same for all outputs.
@@ -144,7 +156,7 @@ class _EnvAttributes:
 
     def exportReferencesGraph(self) -> dict[str, tuple[str, ...]]:
         text = self._env.get("exportReferencesGraph", "")
-        words = _words(text)
+        words = self._wordsOf("exportReferencesGraph")
         if len(words) % 2:
             raise BuildError(
                 BuildStatus.INPUT_REJECTED, f"odd number of tokens in 'exportReferencesGraph': '{text:.1000}'"

@@ -20,7 +20,7 @@ from nixserve.codec.buildresult import BuildStatus
 from nixserve.codec.text import encodeText
 from nixserve.errors import BuildError
 
-__all__ = ["JSON", "MAX_DEPTH", "STRUCTURED_ATTRS", "parseStructuredAttrs", "writeJSON", "writeShell"]
+__all__ = ["JSON", "MAX_DEPTH", "MAX_VALUES", "STRUCTURED_ATTRS", "parseStructuredAttrs", "writeJSON", "writeShell"]
 
 #: Any JSON value.
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
@@ -31,6 +31,10 @@ STRUCTURED_ATTRS = "__json"
 #: Lists and objects within each other. Writing them takes Python's stack; real ones have a handful.
 MAX_DEPTH: Final = 100
 
+#: Values: parsing is one call, in which no other thread of this process runs, and each value takes 30 times the bytes
+#: that it is written in. As many as a derivation may have strings.
+MAX_VALUES: Final = 250_000
+
 _isShellName = re.compile(r"[A-Za-z_][A-Za-z0-9_]*").fullmatch
 
 
@@ -38,8 +42,13 @@ def parseStructuredAttrs(text: str) -> dict[str, JSON]:
     """
     Read what C{__json} holds.
 
-    @raise BuildError: this is no JSON object, or one deeper than L{MAX_DEPTH}.
+    @raise BuildError: this is no JSON object, or one deeper than L{MAX_DEPTH}, or with more than L{MAX_VALUES} values.
+        Commas and brackets in strings count as values of their own.
     """
+    if sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise BuildError(
+            BuildStatus.MISC_FAILURE, f"cannot process __json attribute: it has more than {MAX_VALUES} values"
+        )
     try:
         # Text that came with bytes that are no UTF-8 fails here, as it does in Nix.
         text.encode("utf-8")

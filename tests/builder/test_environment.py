@@ -249,6 +249,27 @@ def test_badJSON(text):
     assert raised.value.status == BuildStatus.MISC_FAILURE
 
 
+def test_manyJSONValues():
+    """
+    There is a limit to values: reading is one call, during which nothing else of the server runs. Long texts are no
+    matter.
+    """
+    assert len(parseStructuredAttrs('{"a":[' + ",".join(200_000 * "1") + "]}")["a"]) == 200_000
+    assert len(parseStructuredAttrs('{"a":"' + 4_000_000 * "x" + '"}')["a"]) == 4_000_000
+    for value in ("1,", "[],", "{},"):
+        with pytest.raises(BuildError, match="more than 250000 values"):
+            parseStructuredAttrs('{"a":[' + 130_000 * value + 130_000 * value + "1]}")
+
+
+def test_longAttributes():
+    """An attribute that means something here is no longer than a variable of a process; others may be."""
+    text = 128 * 1024 * "x"
+    assert DerivationOptions.of(derivation({"passAsFile": text, "other": text + "x"})).passAsFile == {text}
+    for name in ("requiredSystemFeatures", "allowedReferences", "passAsFile", "impureEnvVars", "exportReferencesGraph"):
+        with pytest.raises(BuildError, match=f"'{name}' of derivation is longer than 131072 bytes"):
+            DerivationOptions.of(derivation({name: text + "x"}))
+
+
 def test_deepJSON():
     """There is a limit to lists in lists; what keeps to it can be written again."""
     text = '{"a":' + 99 * "[" + 99 * "]" + "}"
