@@ -9,7 +9,7 @@ C{writeStructuredAttrs}); files are byte for byte the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -35,6 +35,12 @@ __all__ = [
 
 _JSON_FILE: Final = ".attrs.json"
 _SHELL_FILE: Final = ".attrs.sh"
+
+#: Bytes of all descriptions of references that one build gets. They are in memory for a while, and a kilobyte of a
+#: derivation can ask for that of a large closure a dozen times. That of a whole NixOS has some 5 MB.
+_MAX_DESCRIBED: Final = 64 * 1024 * 1024
+#: What a description counts at least, since it asks the store: bytes.
+_DESCRIPTION_COST: Final = 1024
 
 _BUILD_TOP_NAMES: Final = ("NIX_BUILD_TOP", "TMPDIR", "TEMPDIR", "TMP", "TEMP", "PWD")
 
@@ -90,6 +96,7 @@ def builderEnvironment(
     *,
     inputClosure: AbstractSet[StorePath],
     options: DerivationOptions,
+    proceed: Callable[[], None] = lambda: None,
 ) -> BuilderFiles:
     """
     Work out what the builder of C{drv} gets to see.
@@ -101,9 +108,10 @@ def builderEnvironment(
     @param impure: the variables that C{impureEnvVars} may ask for. Looked at only where the build has the network.
     @param inputClosure: what the build may use.
     @param options: those of C{drv}.
+    @param proceed: called again and again where it may take long; raises to give up.
     @raise BuildError: the derivation asks for something that cannot be.
     """
-    graphs = _Graphs(storeDir, inputs, inputClosure)
+    graphs = _Graphs(storeDir, inputs, inputClosure, proceed)
     files: dict[str, str] = {}
     env = {
         "PATH": "/path-not-set",
@@ -187,10 +195,18 @@ class _Graphs:
     @ivar storeDir: the store directory.
     """
 
-    def __init__(self, storeDir: StoreDir, inputs: ReferenceGraphSource, inputClosure: AbstractSet[StorePath]) -> None:
+    def __init__(
+        self,
+        storeDir: StoreDir,
+        inputs: ReferenceGraphSource,
+        inputClosure: AbstractSet[StorePath],
+        proceed: Callable[[], None],
+    ) -> None:
         self.storeDir = storeDir
         self._inputs = inputs
         self._inputClosure = inputClosure
+        self._proceed = proceed
+        self._left = _MAX_DESCRIBED
 
     def describe(self, paths: Iterable[str]) -> str:
         """
@@ -206,7 +222,9 @@ class _Graphs:
                     BuildStatus.INPUT_REJECTED, f"'exportReferencesGraph' contains a non-store path '{path:.1000}'"
                 )
         for info in self._infos(paths):
-            lines += [info.path, "", str(len(info.references)), *sorted(info.references)]
+            described = [info.path, "", str(len(info.references)), *sorted(info.references)]
+            self._count(sum(map(len, described)))
+            lines += described
         return "".join(f"{line}\n" for line in lines)
 
     def describeAsJSON(self, paths: Iterable[str]) -> list[JSON]:
@@ -218,6 +236,7 @@ class _Graphs:
         infos = {info.path: info for info in self._infos(paths)}
         described: list[JSON] = []
         for path, info in infos.items():
+            self._count(_DESCRIPTION_COST + sum(map(len, info.references)))
             item: dict[str, JSON] = {
                 "closureSize": _closureSize(path, infos),
                 "narHash": str(info.narHash),
@@ -230,8 +249,23 @@ class _Graphs:
             described.append(item)
         return described
 
+    def _count(self, size: int) -> None:
+        """
+        So much more is described.
+
+        @raise BuildError: that is too much.
+        """
+        self._proceed()
+        self._left -= size
+        if self._left < 0:
+            raise BuildError(
+                BuildStatus.INPUT_REJECTED,
+                f"'exportReferencesGraph' asks for more than {_MAX_DESCRIBED // 1024 // 1024} MiB of descriptions",
+            )
+
     def _infos(self, paths: Iterable[str]) -> list[ValidPathInfo]:
         """What is known about C{paths} and all that they refer to, sorted."""
+        self._count(_DESCRIPTION_COST)
         roots = [self._rootOf(path) for path in paths]
         try:
             closure = self._inputs.queryClosure(roots)

@@ -173,14 +173,14 @@ class Execution:
         self._removeScratch()
         if workspace.sandbox is not None:
             workspace.sandbox.prepare(workspace.user)
-        spec = self._builtinSpec(workspace) if isBuiltin(build.drv.builder) else self._spec(workspace)
+        spec = self._builtinSpec(workspace) if isBuiltin(build.drv.builder) else self._spec(workspace, patience)
         limits = Limits(build.options.maxSilentTime, build.options.buildTimeout, build.options.maxLogSize)
         if not self._settings.keepLogs:
             return runBuilder(spec, log, limits, cancel)
         with contextlib.closing(BuildLog(self._store.layout, build.drvPath)) as record:
             return runBuilder(spec, log, limits, cancel, record.write)
 
-    def _spec(self, workspace: Workspace) -> ProcessSpec:
+    def _spec(self, workspace: Workspace, patience: _Patience) -> ProcessSpec:
         """A builder that the derivation brings."""
         build = self._build
         seen = builderEnvironment(
@@ -193,6 +193,7 @@ class Execution:
             self._settings.impureEnv,
             inputClosure=build.inputs,
             options=build.drvOptions,
+            proceed=lambda: patience(_proceed),
         )
         workspace.writeFiles(seen.files)
         return ProcessSpec(
@@ -357,6 +358,10 @@ class _Patience:
                     poll.register(cancelled, select.POLLIN)
                     poll.poll(max(0.0, min(error.retryAfter, left)) * 1000)
         raise BuildError(*_INTERRUPTED)
+
+
+def _proceed() -> None:
+    """What is never busy."""
 
 
 def failed(error: BuildError | FormatError | StoreError | OSError) -> BuildResult:

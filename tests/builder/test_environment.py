@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nixserve.builder import environment as environmentModule
 from nixserve.builder.drvoptions import DerivationOptions, OutputChecks
 from nixserve.builder.environment import builderEnvironment, outputRewrites
 from nixserve.builder.resolution import outputPlaceholder
@@ -268,6 +269,25 @@ def test_longAttributes():
     for name in ("requiredSystemFeatures", "allowedReferences", "passAsFile", "impureEnvVars", "exportReferencesGraph"):
         with pytest.raises(BuildError, match=f"'{name}' of derivation is longer than 131072 bytes"):
             DerivationOptions.of(derivation({name: text + "x"}))
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_manyGraphs(monkeypatch, structured):
+    """All that is described to a builder is bounded, however often it asks, and can be given up at any time."""
+    monkeypatch.setattr(environmentModule, "_MAX_DESCRIBED", 100_000)
+    graphs = {f"g{number}": OUTER for number in range(100)}
+    env = {"exportReferencesGraph": " ".join(f"{name} {path}" for name, path in graphs.items())}
+    if structured:
+        env = {"__json": json.dumps({"exportReferencesGraph": graphs})}
+    arguments = {"storeDir": STORE_DIR, "inputs": INPUTS, "inputClosure": INPUTS.infos.keys()}
+    with pytest.raises(BuildError, match="asks for more than 0 MiB of descriptions"):
+        environment(derivation(env), **arguments)
+
+    def giveUp():
+        raise BuildError(BuildStatus.TIMED_OUT, "enough")
+
+    with pytest.raises(BuildError, match="enough"):
+        environment(derivation(env), proceed=giveUp, **arguments)
 
 
 def test_deepJSON():
