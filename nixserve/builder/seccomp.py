@@ -13,7 +13,9 @@ Stricter than Nix, since no namespace separates these from the host and from oth
   - families of sockets beside those of local programs and the internet: C{AF_VSOCK} leads to the hypervisor and other
     machines, C{AF_ALG} only to more of the kernel. Packet sockets need a network namespace of one's own. As if the
     kernel had not got them;
-  - the kernel's log. As if it were root's alone, as it is on most machines.
+  - the kernel's log. As if it were root's alone, as it is on most machines;
+  - leases: whoever owns a file can make everybody else wait for 45 seconds, or fail, who opens it, again and again.
+    Without root the builder has the uid to which the objects of the store belong. As if the file system had none.
 
 Everything else is allowed. A process may switch to the other instruction sets of its processor, which
 number calls differently, so there is a table for each.
@@ -55,6 +57,7 @@ class _Architecture:
     @ivar keys: add_key, request_key and keyctl.
     @ivar syslog: reads the kernel's log.
     @ivar sockets: the calls that make sockets, with the family as first argument.
+    @ivar fcntls: fcntl, and fcntl64 where that is another one.
     @ivar socketcall: makes sockets too, and hides from us of which family; 0 where there is none.
     """
 
@@ -65,6 +68,7 @@ class _Architecture:
     keys: tuple[int, int, int]
     syslog: int
     sockets: tuple[int, int]
+    fcntls: tuple[int, ...]
     socketcall: int = 0
 
 
@@ -78,6 +82,9 @@ _FAMILIES = (1, 2, 10, 16, 17)
 # <linux/net.h>: SYS_SOCKET, SYS_SOCKETPAIR, the first argument of socketcall.
 _SOCKETCALLS = (1, 8)
 
+# <linux/fcntl.h>: F_SETLEASE, the second argument of fcntl.
+_SET_LEASE = 1024
+
 # In this order: chmod, fchmod, fchmodat, creat, mknod, mknodat; open, openat.
 _X86_64 = _Architecture(
     0xC000003E,
@@ -87,6 +94,7 @@ _X86_64 = _Architecture(
     (248, 249, 250),
     103,
     (41, 53),
+    (72,),
 )
 _I386 = _Architecture(
     0x40000003,
@@ -96,6 +104,7 @@ _I386 = _Architecture(
     (286, 287, 288),
     103,
     (359, 360),
+    (55, 221),
     102,
 )
 # Has no chmod, creat, mknod and open.
@@ -107,6 +116,7 @@ _AARCH64 = _Architecture(
     (217, 218, 219),
     116,
     (198, 199),
+    (25,),
 )
 _ARM = _Architecture(
     0x40000028,
@@ -116,6 +126,7 @@ _ARM = _Architecture(
     (309, 310, 311),
     103,
     (281, 288),
+    (55, 221),
 )
 _MACHINES = {"x86_64": (_X86_64, _I386), "aarch64": (_AARCH64, _ARM)}
 
@@ -152,8 +163,10 @@ def _forArchitecture(architecture: _Architecture, socketcall: bool) -> list[byte
     body += _refuse(architecture.syslog, [_step(_RETURN, _ERRNO | errno.EPERM)])
     for number in architecture.sockets:
         body += _refuse(number, _allowOnly(_FAMILIES))
+    for number in architecture.fcntls:
+        body += _refuse(number, _refuseOnly(1, (_SET_LEASE,), errno.EINVAL))
     if architecture.socketcall and not socketcall:
-        body += _refuse(architecture.socketcall, _refuseOnly(_SOCKETCALLS))
+        body += _refuse(architecture.socketcall, _refuseOnly(0, _SOCKETCALLS, errno.EAFNOSUPPORT))
     body.append(_step(_RETURN, _ALLOW))
     # A conditional jump reaches 255 steps only.
     head = [_step(_LOAD, _ARCHITECTURE), _step(_JUMP_EQUAL, architecture.audit, 1, 0), _step(_JUMP, len(body))]
@@ -186,14 +199,14 @@ def _allowOnly(families: tuple[int, ...]) -> list[bytes]:
     ]
 
 
-def _refuseOnly(calls: tuple[int, ...]) -> list[bytes]:
-    """Refuse, in the last step, if the first argument is one of these; otherwise allow."""
-    tests = [_step(_JUMP_EQUAL, call, len(calls) - index) for index, call in enumerate(calls)]
+def _refuseOnly(argument: int, values: tuple[int, ...], error: int) -> list[bytes]:
+    """Refuse, in the last step, if this argument is one of these; otherwise allow."""
+    tests = [_step(_JUMP_EQUAL, value, len(values) - index) for index, value in enumerate(values)]
     return [
-        _loadArgument(0),
+        _loadArgument(argument),
         *tests,
         _step(_RETURN, _ALLOW),
-        _step(_RETURN, _ERRNO | errno.EAFNOSUPPORT),
+        _step(_RETURN, _ERRNO | error),
     ]
 
 

@@ -499,6 +499,13 @@ class TestAttacks:
         found = attack(place, "limits")
         assert found["core"] in ("(1, 1)", "(0, 0)") and found["raised"] == "refused"
 
+    def test_leases(self, place):
+        """No lease on an input that the server's user owns: whoever opens it would have to wait, or fail."""
+        os.chown(place.store / "in-directory" / "text", place.user.uid, place.user.gid)
+        found = attack(place, "leases", {"INPUT": "/nix/store/in-directory/text"})
+        assert {found.pop(name) for name in ("own flags", "/nix/store/in-directory/text flags")} == {"ok"}
+        assert set(found.values()) == {"EINVAL"}
+
     def test_otherProcesses(self, place):
         """Without a sandbox too, where the kernel can, a builder signals nobody but its own, whoever they run as."""
         if scopes() < 6:
@@ -742,7 +749,7 @@ def runFilter(program, audit, number, *arguments):
 
 
 X86_64, I386, AARCH64, ARM = 0xC000003E, 0x40000003, 0xC00000B7, 0x40000028
-EPERM, ENOSYS, ENOTSUP, EAFNOSUPPORT = 1, 38, 95, 97
+EPERM, EINVAL, ENOSYS, ENOTSUP, EAFNOSUPPORT = 1, 22, 38, 95, 97
 
 
 @pytest.mark.parametrize(
@@ -788,6 +795,14 @@ EPERM, ENOSYS, ENOTSUP, EAFNOSUPPORT = 1, 38, 95, 97
         ("x86_64", X86_64, 41 | 0x40000000, (40,), EAFNOSUPPORT),
         ("x86_64", X86_64, 41, (40 | 1 << 32,), EAFNOSUPPORT),
         ("x86_64", X86_64, 102, (1,), "allow"),
+        ("x86_64", X86_64, 72, (3, 1024), EINVAL),
+        ("x86_64", X86_64, 72, (1024, 3), "allow"),
+        ("x86_64", X86_64, 72 | 0x40000000, (3, 1024), EINVAL),
+        ("x86_64", I386, 55, (3, 1024), EINVAL),
+        ("x86_64", I386, 221, (3, 1024), EINVAL),
+        ("x86_64", I386, 221, (3, 1025), "allow"),
+        ("aarch64", AARCH64, 25, (3, 1024), EINVAL),
+        ("aarch64", ARM, 221, (3, 1024), EINVAL),
         ("x86_64", I386, 288, (), ENOSYS),
         ("x86_64", I386, 359, (40,), EAFNOSUPPORT),
         ("x86_64", I386, 360, (1,), "allow"),
