@@ -21,7 +21,7 @@ import threading
 import time
 import tty
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from nixserve.builder import child, seccomp, spawn
@@ -33,8 +33,10 @@ from nixserve.errors import BuildError
 
 __all__ = ["CancelToken", "Ending", "Limits", "Outcome", "ProcessSpec", "runBuilder"]
 
-# More than any build of nixpkgs needs, far less than the 4 million ids of a 64-bit machine.
+# More than any build of nixpkgs needs, far less than the 4 million ids that a 64-bit machine can have.
 _MAX_PROCESSES = 32768
+# Where it has fewer: a part of all that there are. Of 32,768, the kernel's default, four builds may take all.
+_PROCESSES_SHARE = 4
 # Bytes. The terminal holds 4 KiB for a reader.
 _READ_SIZE = 64 * 1024
 # Seconds for the last lines to reach whoever watches.
@@ -91,8 +93,8 @@ class Limits:
     @ivar maxSilentTime: seconds without a byte of output.
     @ivar timeout: seconds since the start.
     @ivar maxLogSize: bytes of output.
-    @ivar maxProcesses: processes and threads at one time. Not limited where the builder shares the server's uid and
-        has no sandbox.
+    @ivar maxProcesses: processes and threads at one time, at most a quarter of what the machine can have. Not limited
+        where the builder shares the server's uid and has no sandbox.
     """
 
     maxSilentTime: int = 0
@@ -231,11 +233,20 @@ def _job(spec: ProcessSpec, limits: Limits) -> child.Job:
         "stdin": spec.stdin,
         "module": spec.module,
         "path": [os.path.abspath(entry) for entry in sys.path] if spec.module else [],
-        "maxProcesses": limits.maxProcesses,
+        "maxProcesses": min(limits.maxProcesses, _mostProcesses()),
         "filter": seccomp.filterProgram(socketcall=spec.socketcall) if spec.filterSyscalls else b"",
         "personality": _NO_RANDOMIZE | (_LINUX32 if spec.linux32 else 0),
         "sandbox": spec.sandbox.mounts() if spec.sandbox else None,
     }
+
+
+def _mostProcesses() -> int:
+    """How many processes and threads one builder may have here, so that the machine has some left for others."""
+    most = _MAX_PROCESSES
+    for name in ("pid_max", "threads-max"):
+        with suppress(OSError, ValueError), open(f"/proc/sys/kernel/{name}") as file:
+            most = min(most, int(file.read()) // _PROCESSES_SHARE)
+    return most
 
 
 def _setupFailure(text: str) -> BuildError:

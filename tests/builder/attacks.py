@@ -216,6 +216,7 @@ def leases():
 
 def limits():
     """What a builder might raise."""
+    yield "processes", str(resource.getrlimit(resource.RLIMIT_NPROC)[1])
     yield "core", str(resource.getrlimit(resource.RLIMIT_CORE))
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -499,6 +499,13 @@ class TestAttacks:
         found = attack(place, "limits")
         assert found["core"] in ("(1, 1)", "(0, 0)") and found["raised"] == "refused"
 
+    def test_processesLeft(self, place):
+        """A builder cannot have all the processes that the machine can have: three quarters are left."""
+        most = int(attack(place, "limits")["processes"])
+        for name in ("pid_max", "threads-max"):
+            with open(f"/proc/sys/kernel/{name}") as file:
+                assert most <= int(file.read()) // 4
+
     def test_leases(self, place):
         """No lease on an input that the server's user owns: whoever opens it would have to wait, or fail."""
         os.chown(place.store / "in-directory" / "text", place.user.uid, place.user.gid)
