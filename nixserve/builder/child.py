@@ -79,6 +79,9 @@ _AF_INET, _SOCK_DGRAM = 2, 2
 _SIGKILL = 9
 # Not the host's 127.0.0.1. What comes from the network is read by a process without files and nearly without calls.
 _HELPER_OPTIONS = ("--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp")
+# Before the server and whatever else the machine is for: half of the machine's memory more than a process has counts
+# (Linux, mm/oom_kill.c), since what a builder keeps in /dev/shm counts for nobody.
+_OOM_SCORE = b"500"
 # What the builder says to the supervisor when it has its network namespace; anything else means its user namespace.
 _WANTS_NETWORK = b"n"
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "loongarch64": 41, "ppc64le": 203, "s390x": 217}
@@ -469,8 +472,12 @@ def _openInput(data: bytes | None) -> int:
 
 
 def _limit(job: Job) -> None:
-    """umask, core dumps off for good, processes and threads limited, descriptors as they are for everybody."""
+    """
+    umask, core dumps off for good, processes and threads limited, descriptors as they are for everybody, the first to
+    be killed when memory is short.
+    """
     os.umask(0o022)
+    _writeTo("/proc/self/oom_score_adj", _OOM_SCORE)
     resource.setrlimit(resource.RLIMIT_NOFILE, tuple(job["openFiles"]))
     # With 0 the kernel would still start the program that the host may have for core dumps, as root and outside all
     # namespaces; 1 means neither file nor program (Linux, fs/coredump.c).
@@ -484,6 +491,18 @@ def _limit(job: Job) -> None:
         hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
         limit = job["maxProcesses"] if hard == resource.RLIM_INFINITY else min(hard, job["maxProcesses"])
         resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
+
+
+def _writeTo(path: str, data: bytes) -> None:
+    """Write to a file of the kernel's, if it has that."""
+    try:
+        fd = os.open(path, os.O_WRONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
 
 
 def _becomeSandboxUser(mayMap: int, awaitMap: int) -> None:

@@ -216,6 +216,8 @@ def leases():
 
 def limits():
     """What a builder might raise."""
+    with open("/proc/self/oom_score_adj") as file:
+        yield "oom", file.read().strip()
     yield "processes", str(resource.getrlimit(resource.RLIMIT_NPROC)[1])
     yield "core", str(resource.getrlimit(resource.RLIMIT_CORE))
     try:

@@ -499,6 +499,10 @@ class TestAttacks:
         found = attack(place, "limits")
         assert found["core"] in ("(1, 1)", "(0, 0)") and found["raised"] == "refused"
 
+    def test_memoryShort(self, place):
+        """When the machine has no memory left, builders go before the server, whatever its own chances are."""
+        assert attack(place, "limits")["oom"] == "500"
+
     def test_processesLeft(self, place):
         """A builder cannot have all the processes that the machine can have: three quarters are left."""
         most = int(attack(place, "limits")["processes"])
