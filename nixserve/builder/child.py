@@ -82,6 +82,18 @@ _HELPER_OPTIONS = ("--configure", "--mtu=65520", "--disable-host-loopback", "--e
 # Before the server and whatever else the machine is for: half of the machine's memory more than a process has counts
 # (Linux, mm/oom_kill.c), since what a builder keeps in /dev/shm counts for nobody.
 _OOM_SCORE = b"500"
+# /proc/sys/user/max_NAME: how many a builder may have. They count for its uid on the host, which without root is that
+# of the server. In a namespace of control groups of its own it could mount those of the server.
+_NAMESPACES = {
+    "cgroup_namespaces": b"0",
+    "ipc_namespaces": b"512",
+    "mnt_namespaces": b"512",
+    "net_namespaces": b"512",
+    "pid_namespaces": b"512",
+    "time_namespaces": b"512",
+    "user_namespaces": b"512",
+    "uts_namespaces": b"512",
+}
 # What the builder says to the supervisor when it has its network namespace; anything else means its user namespace.
 _WANTS_NETWORK = b"n"
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "loongarch64": 41, "ppc64le": 203, "s390x": 217}
@@ -511,6 +523,8 @@ def _becomeSandboxUser(mayMap: int, awaitMap: int) -> None:
     os.write(mayMap, b"x")
     if not os.read(awaitMap, 1):
         raise SetupFailed("the user namespace got no users")
+    for name, most in _NAMESPACES.items():
+        _writeTo(f"/proc/sys/user/max_{name}", most)
     os.setresgid(SANDBOX_GID, SANDBOX_GID, SANDBOX_GID)
     os.setresuid(SANDBOX_UID, SANDBOX_UID, SANDBOX_UID)
 
@@ -558,9 +572,12 @@ def _enterSandbox(sandbox: Job) -> None:
     machine = os.uname().machine
     if machine not in _PIVOT_ROOT:
         raise SetupFailed(f"there is no sandbox for machines of type {machine}")
-    flags = _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWUTS | _CLONE_NEWCGROUP
+    flags = _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWUTS
     ofHost = sandbox["network"] and not sandbox["networkHelper"]
     _unshare(flags | (0 if ofHost else _CLONE_NEWNET), "namespaces")
+    # In a sandbox like this one there may be none (see _NAMESPACES), and then nobody inside gets at any control groups.
+    if _libc.unshare(_CLONE_NEWCGROUP) == -1 and ctypes.get_errno() != errno.ENOSPC:
+        _check(-1, "creating a namespace of control groups")
     root = sandbox["root"]
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     for path in ("", *sandbox["writable"]):

@@ -214,6 +214,19 @@ def leases():
             yield f"{name} flags", _python(fcntl.fcntl, file, fcntl.F_GETFL)
 
 
+def controlGroups():
+    """The control groups of the host, in a namespace where one may mount; and how many namespaces there may be."""
+    yield "apart", _name(_libc.unshare(0x10000000 | 0x20000))
+    yield "cgroup namespace", _name(_libc.unshare(0x2000000))
+    for kind in (b"cgroup2", b"cgroup"):
+        yield kind.decode(), _name(_libc.mount(b"none", b"/tmp", kind, 0, b"pids" if kind == b"cgroup" else None))
+    yield "tmpfs", _name(_libc.mount(b"none", b"/tmp", b"tmpfs", 0, None))
+    held = []
+    while len(held) < 600 and _libc.unshare(0x4000000) != -1:
+        held.append(os.open("/proc/self/ns/uts", os.O_RDONLY))
+    yield "many", str(len(held))
+
+
 def limits():
     """What a builder might raise."""
     with open("/proc/self/oom_score_adj") as file:

@@ -517,6 +517,13 @@ class TestAttacks:
         assert {found.pop(name) for name in ("own flags", "/nix/store/in-directory/text flags")} == {"ok"}
         assert set(found.values()) == {"EINVAL"}
 
+    def test_controlGroups(self, place):
+        """The host's control groups stay out of sight, and namespaces are had by the hundred, not by the thousand."""
+        found = attack(place, "controlGroups")
+        assert found["apart"] == found["tmpfs"] == "ok"
+        assert found["cgroup namespace"] == "ENOSPC" and found["cgroup2"] == "EPERM"
+        assert found["cgroup"] in ("EPERM", "ENODEV") and int(found["many"]) <= 512
+
     def test_otherProcesses(self, place):
         """Without a sandbox too, where the kernel can, a builder signals nobody but its own, whoever they run as."""
         if scopes() < 6:
