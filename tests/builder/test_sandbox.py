@@ -403,7 +403,7 @@ class TestAttacks:
         try:
             source, target = builder.sandbox.realPath(OUT), f"{place.directory}/copy"
             copier = TreeCopier(range(place.user.uid, place.user.uid + 1), lambda: None)
-            copier.copy(source, target)
+            copier.copy(source, target, target)
             assert os.pwrite(fd, b"evil", 0) == 4
         finally:
             os.close(fd)
