@@ -31,6 +31,8 @@ __all__ = ["TreeCopier"]
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
+# The directory beside copies of which files have several names: by device and inode of the original.
+_LINKS = "links"
 # Up to this size a file is read and written in one go; holes are looked for in larger ones.
 _SMALL_FILE = 64 * 1024
 # What one call of copy_file_range(2) is asked for, a few milliseconds' work: then there may be a reason to give up.
@@ -56,8 +58,8 @@ class TreeCopier:
         """
         self._uids = uids
         self._proceed = proceed
-        #: Where the copies of files with several links are, by device and inode of the original.
-        self._linked: dict[tuple[int, int], str] = {}
+        self._links = ""
+        self._linked = False
         # Access time is nobody's concern, but must be given with the other.
         self._times = (time.time_ns(), MTIME_NS)
 
@@ -66,7 +68,9 @@ class TreeCopier:
         Copy a file, directory or symbolic link. After an error what there is of the copy is the caller's to delete.
 
         @param source: what to copy. None of the processes that made it may run any more.
-        @param target: what it becomes. It must not exist; the directory for it must, and be closed to everybody else.
+        @param target: what it becomes. It must not exist. The directory for it must, be closed to everybody else, and
+            be for the outputs of this build alone: copies of files with several links stay there under one more name,
+            for the caller to delete. A builder can make more of them than fit into our memory.
         @param realPath: where it will be in the end: all its paths must be possible there.
         @raise nixserve.store.contents.PathTooLong: one is not.
         @raise StoreError: a socket, FIFO or device; a file of somebody else; the operating system refuses.
@@ -81,6 +85,7 @@ class TreeCopier:
             try:
                 with Walk(target) as copy:
                     title = copy.base
+                    self._links = f"{os.path.dirname(target)}/{_LINKS}"
                     levels = [[(origin.base, stat.S_IFMT(lstatNode(origin.base, origin.fd).st_mode))]]
                     while levels:
                         if levels[-1]:
@@ -155,15 +160,33 @@ class TreeCopier:
             if not stat.S_ISREG(status.st_mode):
                 raise unsupported(origin.path(name))
             self._requireOwner(status, origin, name)
-            identity = status.st_dev, status.st_ino
-            if identity in self._linked:
-                os.link(self._linked[identity], title, dst_dir_fd=copy.fd, follow_symlinks=False)
-                return
-            self._createFile(source, status, copy, title)
-            if status.st_nlink > 1:
-                self._linked[identity] = copy.path(title)
+            # Its other names may have been in an output that is copied and gone.
+            if status.st_nlink > 1 or self._linked:
+                self._copyLinked(source, status, copy, title)
+            else:
+                self._createFile(source, status, copy, title)
         finally:
             os.close(source)
+
+    def _copyLinked(self, source: int, status: os.stat_result, copy: Walk, title: bytes) -> None:
+        """A new name for the copy of a file with several, which is made for the first of them."""
+        first = f"{self._links}/{status.st_dev:x}-{status.st_ino:x}"
+        try:
+            os.link(first, title, dst_dir_fd=copy.fd, follow_symlinks=False)
+            return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            # The original may have as many names as a file can have, and the copy has one more.
+            if error.errno != errno.EMLINK:
+                raise
+            os.unlink(first)
+        self._createFile(source, status, copy, title)
+        if status.st_nlink > 1:
+            if not self._linked:
+                os.mkdir(self._links, 0o700)
+                self._linked = True
+            os.link(title, first, src_dir_fd=copy.fd, follow_symlinks=False)
 
     def _createFile(self, source: int, status: os.stat_result, copy: Walk, title: bytes) -> None:
         """A new file with the contents of an open one."""

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import tracemalloc
 
 import pytest
 
@@ -146,12 +147,58 @@ def test_hardLinks(place):
     os.link(f"{place}/x/a", f"{place}/x2/e")
     copier = TreeCopier(None, proceed)
     copier.copy(f"{place}/x", f"{place}/y", f"{place}/y")
+    # As an output is deleted when it has been copied.
+    inode = os.stat(f"{place}/x/a").st_ino
+    deletePath(f"{place}/x")
     copier.copy(f"{place}/x2", f"{place}/y2", f"{place}/y2")
+    deletePath(f"{place}/links")
     copies = [os.stat(f"{place}/{name}") for name in ("y/a", "y/d/c", "y2/e")]
     assert len({status.st_ino for status in copies}) == 1 and copies[0].st_nlink == 3
-    assert copies[0].st_ino != os.stat(f"{place}/x/a").st_ino
+    assert copies[0].st_ino != inode
     assert os.stat(f"{place}/y/d/b").st_nlink == 1
     assertCanonical(f"{place}/y")
+
+
+def test_manyHardLinks(place):
+    """However many files with several names there are, and however long these, nothing of them is kept in memory."""
+    deep = {b"f%d" % number: File(b"x") for number in range(300)}
+    for _ in range(13):
+        deep = {250 * b"d": deep}
+    # Copied first.
+    write(place, {b"z": deep, b"two": {}})
+    walk = f"{place}/x/z" + 13 * ("/" + 250 * "d")
+    for number in range(300):
+        os.link(f"{walk}/f{number}", f"{place}/x/two/g{number}")
+    tracemalloc.start()
+    try:
+        copy(place)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 500_000
+    assert os.stat(f"{place}/y/two/g7").st_ino == os.stat(walk.replace("/x/", "/y/") + "/f7").st_ino
+
+
+def test_asManyNamesAsPossible(place, monkeypatch):
+    """A file may have as many names as the file system lets it: copies may then be two files."""
+    link = os.link
+    refusals = [True]
+
+    def refuse(source, target, **options):
+        if target == b"b" and refusals:
+            refusals.clear()
+            raise OSError(errno.EMLINK, "too many links")
+        link(source, target, **options)
+
+    write(place, {b"a": File(b"x")})
+    os.link(f"{place}/x/a", f"{place}/x/b")
+    os.link(f"{place}/x/a", f"{place}/x/c")
+    monkeypatch.setattr(os, "link", refuse)
+    TreeCopier(None, proceed).copy(f"{place}/x", f"{place}/y", f"{place}/y")
+    assert not refusals
+    for name in "abc":
+        with open(f"{place}/y/{name}") as file:
+            assert file.read() == "x"
 
 
 @pytest.mark.parametrize("way", ["descriptor", "mapping", "another link", "directory"])
