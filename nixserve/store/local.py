@@ -173,8 +173,8 @@ class LocalSession:
     def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
         """See L{nixserve.store.api.StoreSession.exportPaths}."""
         infos = self.queryPathInfos(paths)
-        for path in sorted(set(paths) - infos.keys()):
-            raise InvalidPath(path)
+        if missing := set(paths) - infos.keys():
+            raise InvalidPath(min(missing))
         order = topoSort({path: info.references for path, info in infos.items()})
         return self._guard(self._export([infos[path] for path in order]))
 

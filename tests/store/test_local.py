@@ -10,6 +10,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import tracemalloc
 import unittest
 from dataclasses import replace
 
@@ -351,6 +352,22 @@ def test_exportOfChangedPath(store, layout):
         file.write("changed")
     with pytest.raises(StoreError, match=r"hash of path '.*' has changed from 'sha256:.*' to 'sha256:.*'"):
         b"".join(session.exportPaths([info.path]))
+
+
+def test_exportOfOnePathManyTimes(store):
+    """A path that is asked for a hundred thousand times is looked up and exported once, in the memory for one."""
+    info = makeInfo("x", HELLO)
+    session = store.openSession()
+    addObject(session, info, HELLO)
+    once = b"".join(session.exportPaths([info.path]))
+    asked = [info.path] * 100_000
+    tracemalloc.start()
+    try:
+        assert b"".join(session.exportPaths(asked)) == once
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 * 1024 * 1024
 
 
 def test_noLockWhileSending(store, layout):
