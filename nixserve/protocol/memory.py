@@ -173,6 +173,11 @@ class Account:
         own = self.ledgers[0]
         return ledger.hasRoom(more) or (ledger is not own and own.total + more <= ledger.limit // ledger.keys)
 
+    @property
+    def share(self) -> int:
+        """Bytes that are its key's in any case."""
+        return min(ledger.limit // max(1, ledger.keys) for ledger in self.ledgers)
+
     def mayGrow(self, more: int) -> bool:
         """
         Could it hold C{more} bytes that only make it faster? They leave half of everything free.
@@ -218,9 +223,13 @@ class Account:
 
     def requestEnds(self) -> None:
         """What it held for a request is gone: whoever is next in the lines may go on."""
-        self.measure()
         if self in self.ledgers[0].line:
             self._leaveLines()
+        self.shrank()
+
+    def shrank(self) -> None:
+        """It may hold less than before: let those go on for whom there is room now."""
+        self.measure()
         if self._memory.isWaited:
             self._memory.look()
 

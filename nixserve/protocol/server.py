@@ -106,6 +106,10 @@ SESSION_MEMORY = 64 * 1024
 WORK_MEMORY = 1024 * 1024
 """What a request costs while it is worked off: the queues of streams, and results on their way."""
 
+ANSWER_MEMORY = 16 * 1024 * 1024
+"""What a closure may become that nobody has asked the store about yet, for a question of a hundred bytes: 200,000 paths
+are so large. Of a key with less memory a third of that."""
+
 REQUEST_MEMORY = 3
 """Bytes of memory for each byte of a request: a million paths of 60 characters become objects of 180 MB."""
 
@@ -345,10 +349,18 @@ class ServeServer(Protocol):
             await perform(request)
             return
         await self._settle()
-        # A build may wait for hours, and others for memory meanwhile.
-        await self._beginWork(0 if isinstance(request, BuildPaths | BuildDerivation) else WORK_MEMORY)
+        await self._beginWork(self._workMemory(request))
         await perform(request)
         await self._endWork()
+
+    def _workMemory(self, request: Request) -> int:
+        """Bytes that there must be for working off a request."""
+        if isinstance(request, BuildPaths | BuildDerivation):
+            # It may wait for hours, and others for memory meanwhile.
+            return 0
+        if isinstance(request, QueryClosure):
+            return max(WORK_MEMORY, min(ANSWER_MEMORY, self._account.share // 3))
+        return WORK_MEMORY
 
     async def _beginWork(self, size: int) -> None:
         """Wait until there is memory for what a request needs."""
@@ -585,8 +597,10 @@ class ServeServer(Protocol):
         """Reply with what a query says about paths that become roots. It is encoded where it is made, in a worker."""
         encode = self._connection.startReply()
         self._pieces = await self._call(self._rooted, paths, lambda: deque(encode(query())))
-        if len(self._pieces) > 1:
-            self._account.measure()
+        if len(self._pieces) > 1 or self._working > WORK_MEMORY:
+            # Now it is known how much that is: what was set aside for more is free, even if nobody reads this.
+            self._working = WORK_MEMORY
+            self._account.shrank()
         while self._pieces:
             self.transport.write(self._pieces.popleft())
             self._stall.touch()

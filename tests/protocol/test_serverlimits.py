@@ -370,3 +370,29 @@ def test_clockOfLimits():
     crowd.workers.drain()
     assert isinstance(crowd.workers.reactor, Clock) and crowd.workers.reactor.getDelayedCalls() == []
     crowd.end()
+
+
+# --- what is not known yet ----------------------------------------------------------------------------------
+
+
+def test_crowdOfLargeAnswers():
+    """Short questions whose answers are large, which nobody reads, are not all answered before the first is counted."""
+    many = {path(f"q{n}") for n in range(30_000)}
+    store = ManyPaths()
+    store.perform = lambda name, function, args: many if name == "queryClosure" else function()
+    crowd = Crowd(store, keyMemory=24 * MIB)
+    for _ in range(40):
+        crowd.session(policy=EVERYTHING)
+    crowd.workers.drain()
+    for server, _ in crowd.all:
+        server.dataReceived(wire(7, 0, [LIB.path]))
+    crowd.workers.drain()
+    assert sum(server._held() for server, _ in crowd.all) < 30 * MIB
+    # They are as many as fit, and the next one comes when one of these has been read.
+    answered = [transport for _, transport in crowd.all if transport.unread > 1000]
+    assert len(answered) >= 2
+    while answered[0].unread:
+        answered[0].take()
+        crowd.workers.drain()
+    assert len([transport for _, transport in crowd.all if transport.unread > 1000]) >= len(answered)
+    crowd.end()
