@@ -10,7 +10,8 @@ A connection costs little as long as it says nothing, and a login costs some 20 
     counts as one, and who stands in line is not counted. A server that is busy locks nobody out.
   - Nobody is turned away at the door. Whoever comes when there are too many takes the place of who has kept us waiting
     longest: beyond L{MAX_PER_SOURCE} of one address that of its own, if it has been waited for at least for
-    L{PATIENCE_SECONDS}; beyond L{MAX_LOGINS} that of the address that has most.
+    L{PATIENCE_SECONDS}; beyond L{MAX_LOGINS} that of the address that has most, even if all of its connections stand
+    in line.
 """
 
 from __future__ import annotations
@@ -131,11 +132,14 @@ class Admission:
         newcomer.turnAway(reason)
 
     def _fromTheLargestCrowd(self) -> Newcomer:
-        """The slowest of the sources that have most; if all of these wait for us, of all; or else who came last."""
+        """
+        The slowest of the sources that have most, which may be who has just come; if all of these wait for us, who of
+        them came last. Never one of another source: who keeps the whole line busy by himself shuts out nobody else.
+        """
         counts = Counter(newcomer.source for newcomer in self._waitedFor)
         most = max(counts.values())
         crowd = [newcomer for newcomer in self._waitedFor if counts[newcomer.source] == most]
-        return self._slowest(crowd) or self._slowest(self._waitedFor) or crowd[-1]
+        return self._slowest(crowd) or crowd[-1]
 
     def _slowest(self, newcomers: Iterable[Newcomer]) -> Newcomer | None:
         """Who has been waited for longest, and of these who came first; not one that waits for us."""

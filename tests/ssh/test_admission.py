@@ -181,6 +181,23 @@ def test_everybodyStandsInLine(admission):
     assert late.reason is None
 
 
+def test_busyFlood(admission, clock):
+    """An address whose connections all stand in line, always, shuts out nobody who comes from elsewhere."""
+    flood = [Somebody(admission, "flood", more=MAX_LOGINS) for _ in range(MAX_LOGINS)]
+    for one in flood:
+        admission.wantTurn(one)
+    honest = [Somebody(admission, "honest", more=4) for _ in range(3)]
+    assert not any(one.reason for one in honest)
+    for one in honest:
+        admission.wantTurn(one)
+    for _ in range(40):
+        again = Somebody(admission, "flood", more=MAX_LOGINS)
+        admission.wantTurn(again)
+        clock.advance(0)
+    assert not any(one.reason for one in honest)
+    assert [len(one.order) for one in honest] == [5, 5, 5]
+
+
 def test_nobodyIsForgotten(admission, clock):
     """When all have left nothing ticks any more."""
     one = Somebody(admission)
