@@ -70,12 +70,17 @@ class _AddressPattern:
 
     @classmethod
     def parse(cls, text: str) -> _AddressPattern:
-        """@raise FormatError: a name, which could never match, or a network with bits set outside its mask."""
+        """
+        Addresses mean what they say and not how they are written: an exclamation mark before C{2001:db8:0::1} shuts out
+        C{2001:db8::1} (OpenSSH 9.2, addrmatch.c:addr_match_list).
+
+        @raise FormatError: what could never match, or a network with bits set outside its mask.
+        """
         try:
-            if "/" in text:
-                return cls(text, ipaddress.ip_network(text))
-            if not _ADDRESS_PATTERN.fullmatch(text):
+            if not _ADDRESS_PATTERN.fullmatch(text.partition("/")[0]):
                 raise ValueError("host names are not looked up here; write addresses")
+            if "/" in text or not ("*" in text or "?" in text):
+                return cls(text, _plainNetwork(text))
         except ValueError as error:
             raise FormatError(f"cannot use '{text}' in the option 'from': {error}") from error
         return cls(text, None)
@@ -87,6 +92,19 @@ class _AddressPattern:
             return ipaddress.ip_address(address) in self.network
         except ValueError:
             return False
+
+
+def _plainNetwork(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """
+    A network or a single address; of IPv4 addresses in IPv6's wrapping, without that, as L{_plainAddress} has them.
+
+    @raise ValueError: it is neither.
+    """
+    network = ipaddress.ip_network(text)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return (
+        network if mapped is None or network.prefixlen < 96 else ipaddress.ip_network((mapped, network.prefixlen - 96))
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,8 @@ def test_options(options, forced):
         ('from="*.example.org"', "host names"),
         ('from="10.0.0.1/8"', "host bits"),
         ('from="10.0.0.0/33"', "cannot use"),
+        ('from="*,!10.0.0"', "cannot use"),
+        ('from="*,!2001:db8"', "cannot use"),
         ('from=""', "host names"),
         ('from="10.0.0.1,,10.0.0.2"', "host names"),
     ],
@@ -201,6 +203,12 @@ def test_kindsOfKeys():
         ("10.0.0.0/8", "::ffff:10.0.0.1", True),
         ("10.0.0.1", "::ffff:10.0.0.1", True),
         ("fe80::/10", "fe80::1%eth0", True),
+        ("2001:db8:0:0::1", "2001:db8::1", True),
+        ("2001:db8::/32,!2001:db8:0:0::1", "2001:db8::1", False),
+        ("2001:db8::/32,!2001:DB8:0::1", "2001:db8::2", True),
+        ("*,!::ffff:192.0.2.1", "192.0.2.1", False),
+        ("*,!::ffff:192.0.2.0/120", "::ffff:192.0.2.1", False),
+        ("::ffff:192.0.2.0/120", "192.0.2.1", True),
     ],
 )
 def test_from(patterns, address, allowed):
