@@ -48,6 +48,10 @@ _CREDIT_STEPS = 8
 HIGH_WATER = 512 * 1024
 LOW_WATER = 256 * 1024
 
+# What waits for its session is joined up to this: a peer that sends two bytes at a time would have us hold 25 times as
+# much as it may send.
+_JOIN_BYTES = 4096
+
 # Standard error shares the channel's window with standard output: this much stays for the reply.
 ERROR_RESERVE = 64 * 1024
 
@@ -304,6 +308,8 @@ class PacedChannel(SSHChannel):
         if self._finishing:
             return
         if self._paused or self._incoming or self._draining or self.protocol is None:
+            if self._incoming and len(self._incoming[-1]) + len(data) <= _JOIN_BYTES:
+                data = self._incoming.pop() + data
             self._incoming.append(data)
         else:
             self._deliver(data)

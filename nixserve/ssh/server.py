@@ -35,7 +35,6 @@ from nixserve.protocol.interfaces import IServeSessions
 from nixserve.protocol.logbudget import LogBudget, LogBudgets
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import READ_ONLY, Peer, Policy
-from nixserve.protocol.server import FIRST_WINDOW
 from nixserve.ssh.admission import TURN_BYTES, Admission, sourceOf
 from nixserve.ssh.authorizedkeys import AuthorizedKey, fingerprint
 from nixserve.ssh.channel import PacedChannel
@@ -43,7 +42,7 @@ from nixserve.ssh.command import ServeCommand, parseCommand
 from nixserve.ssh.connection import PacedConnection
 from nixserve.ssh.keys import AuthorizedKeysChecker, KeyCredentials, KnownKeyRefused
 from nixserve.ssh.keywatch import KeyWatch
-from nixserve.ssh.transport import PUBLIC_KEY_ALGORITHMS, ConchLog, PacedTransport, addressText
+from nixserve.ssh.transport import MAX_PACKET, PUBLIC_KEY_ALGORITHMS, ConchLog, PacedTransport, addressText
 
 __all__ = [
     "FOREIGN_TRIES",
@@ -90,6 +89,9 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
     # ("eow@openssh.com"; compat.c of 9.2: SSH_NEW_OPENSSH). Without that, the ssh of a Nix that was killed takes what
     # is left of a download, gigabytes perhaps, and throws it away, and meanwhile its session goes on.
     ourVersionString = b"SSH-2.0-OpenSSHlike_nixserve"
+
+    # A packet that is not complete is held twice, for each connection. No client sends larger ones than a channel has.
+    maxIncoming = MAX_PACKET + 4096
 
     factory: ServeFactory
 
@@ -343,7 +345,9 @@ class ServeConnection(PacedConnection):
 class ServeChannel(PacedChannel):
     """One session: the channel on which a client runs C{nix-store --serve}."""
 
-    firstWindow = FIRST_WINDOW
+    # Enough for a greeting and some requests, so that nobody waits a round trip; the session says how much it takes.
+    # What waits for a session that is never asked for is counted for no key.
+    firstWindow = 1024
     avatar: ServeAvatar
     requests: ClassVar[dict[bytes, str]] = {
         b"exec": "requestExec",

@@ -84,9 +84,6 @@ _SEALED_HEAD = struct.Struct(">LLB")
 _OPENED_HEAD = struct.Struct(">LB")
 _SEQUENCE = struct.Struct(">L")
 _DATA_HEAD = struct.Struct(">LL")
-# Conch's own limit on an incoming packet; RFC 4253 asks for 35,000 at least.
-_MAX_INCOMING = 256 * 1024
-
 _log = Logger()
 
 
@@ -127,6 +124,7 @@ class PacedTransport(transport.SSHTransportBase):
     Conch's private names used here (C{_keyExchangeState}, C{_allowedKeyExchangeMessageType}, C{_newKeys}) are those
     of Twisted 26.10; the tests of rekeying fail if they change.
 
+    @cvar maxIncoming: bytes of a packet of the peer's at most. RFC 4253 asks for 35,000 at least; this is Conch's own.
     @ivar clock: gives time and delayed calls; set by the factory before the connection is made.
     @ivar log: for what concerns the peer.
     @ivar heard: has anything arrived since somebody last set this to false? For the keepalive.
@@ -147,6 +145,7 @@ class PacedTransport(transport.SSHTransportBase):
     currentEncryptions: Any
 
     rekeyBytes = REKEY_BYTES
+    maxIncoming = 256 * 1024
     clock: IReactorTime
     heard = False
     onWritable: Callable[[], None] | None = None
@@ -393,7 +392,7 @@ class PacedTransport(transport.SSHTransportBase):
 
     def _checkLengths(self, length: int, padding: int, blockSize: int) -> bool:
         """RFC 4253, section 6: whole blocks, at least four bytes of padding; and an empty payload says nothing."""
-        if length > _MAX_INCOMING or (length + 4) % blockSize or padding < 4 or length < padding + 2:
+        if length > self.maxIncoming or (length + 4) % blockSize or padding < 4 or length < padding + 2:
             self.sendDisconnect(transport.DISCONNECT_PROTOCOL_ERROR, b"bad packet length")
             return False
         needed = 4 + 4 + length + blockSize

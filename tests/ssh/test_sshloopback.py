@@ -27,7 +27,7 @@ from nixserve.ssh.admission import LOGIN_SECONDS, TICK_SECONDS
 from nixserve.ssh.authorizedkeys import fingerprint
 from nixserve.ssh.client import HostKeyError, LoginError, SSHError, readKnownHosts
 from nixserve.ssh.server import FOREIGN_TRIES, LOGIN_TRIES, MAX_CHANNELS
-from nixserve.ssh.transport import MAX_BACKLOG
+from nixserve.ssh.transport import MAX_BACKLOG, MAX_PACKET
 from tests.ssh.support import MIB, Recorder, Server, Source, clientFactory, sleep, until, within
 
 
@@ -660,6 +660,35 @@ async def test_tooManyChannels(makeServer):
     await until(reactor, lambda: len(opened) + len(refused) == MAX_CHANNELS)
     assert refused == [4]
     recorder.transport.abortConnection()
+
+
+@pytest_twisted.ensureDeferred
+async def test_channelsWithoutSessions(makeServer):
+    """What a client sends before it has asked for a session is held by nobody's account, so it is little."""
+    server = makeServer()
+    recorder = await connect(server, b"echo\n")
+    windows = []
+    service = serviceOf(recorder)
+    service.ssh_CHANNEL_OPEN_CONFIRMATION = lambda packet: windows.append(struct.unpack_from(">3L", packet)[2])
+    for number in range(MAX_CHANNELS - 1):
+        service.transport.sendPacket(90, NS(b"session") + struct.pack(">3L", number + 1, 100, 100))
+    await until(reactor, lambda: len(windows) == MAX_CHANNELS - 1)
+    assert sum(windows) <= 64 * 1024
+    recorder.transport.abortConnection()
+
+
+@pytest_twisted.ensureDeferred
+async def test_halfPackets(makeServer):
+    """What a connection holds of a packet that is not complete is little more than the largest of a channel."""
+    server = makeServer()
+    recorder = await connect(server, b"echo\n")
+    await until(reactor, lambda: server.sessions.all[0].mode is not None)
+    (connection,) = server.factory.connections
+    recorder.transport.write(bytes(MAX_PACKET))
+    await until(reactor, lambda: server.sessions.all[0].received >= MAX_PACKET)
+    assert len(connection._opened) <= MAX_PACKET + 5000
+    serviceOf(recorder).transport.sendPacket(2, NS(bytes(2 * MAX_PACKET)))
+    await within(reactor, 10, server.sessions.all[0].ended)
 
 
 @pytest_twisted.ensureDeferred
