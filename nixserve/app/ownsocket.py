@@ -48,6 +48,7 @@ class OwnSocket:
         requireOwn(path)
         self._fd = os.open(f"{path}.flock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
+            self._judge(f"{path}.flock")
             self._take(path)
             _clear(path)
             os.truncate(self._fd, 0)
@@ -61,6 +62,16 @@ class OwnSocket:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def _judge(self, path: str) -> None:
+        """
+        Others may make files where sockets may lie, and links to files of ours: what we lock, empty and repeat from must
+        be none of these.
+        """
+        status = os.fstat(self._fd)
+        isOwn = status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+        if not (isOwn and stat.S_ISREG(status.st_mode) and status.st_nlink == 1):
+            raise UsageError(f"'{path}' may be somebody else's: remove it, or name another path for the socket")
 
     def _take(self, path: str) -> None:
         try:

@@ -75,6 +75,24 @@ def test_linkedLock(path, tmp_path):
     assert (tmp_path / "precious").read_text() == "precious"
 
 
+@pytest.mark.parametrize("kind", ["hard link", "writable", "queue"])
+def test_foreignLock(path, tmp_path, kind):
+    """What others may have put in the place of the lock is neither emptied, nor waited for, nor repeated from."""
+    if kind == "queue":
+        os.mkfifo(f"{path}.flock", 0o600)
+    else:
+        (tmp_path / "file").write_text("precious\x1b[31m")
+        (tmp_path / "file").chmod(0o666 if kind == "writable" else 0o600)
+        os.link(tmp_path / "file", f"{path}.flock")
+        if kind == "writable":
+            os.unlink(tmp_path / "file")
+    with pytest.raises(UsageError, match=f"'{path}.flock' may be somebody else's: remove it"):
+        OwnSocket(path)
+    if kind != "queue":
+        with open(f"{path}.flock") as stream:
+            assert stream.read() == "precious\x1b[31m"
+
+
 def test_openToOthers(tmp_path):
     """Where others could replace the socket there is none."""
     (tmp_path / "open").mkdir()
