@@ -51,7 +51,7 @@ from nixserve.ssh.server import ServeFactory, ServeRealm
 from nixserve.store.api import Store
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
-from nixserve.store.ownpaths import makeOwnDirectory, requireOwn
+from nixserve.store.ownpaths import UnsafePath, makeOwnDirectory, requireOwn
 from twisted import __version__ as twistedVersion
 
 __all__ = ["FORCED_COMMAND", "CommandService", "Options", "ServeService", "makeService"]
@@ -377,7 +377,11 @@ class ServeService(Service):
         if os.path.lexists(path):
             return
         example = f'command="{FORCED_COMMAND}" ssh-ed25519 AAAA... somebody'
-        keys = list(_ownKeys(homeDir(self._environ) / ".ssh"))
+        try:
+            keys = list(_ownKeys(homeDir(self._environ) / ".ssh"))
+        except UnsafePath as e:
+            self.log.warn("no key is taken from ~/.ssh: {reason}", reason=e.reason)
+            keys = []
         if not all(map(_isLoopback, self.settings.listen)) or not keys:
             self.log.warn("nobody is let in: write lines such as {example} to {path}", example=example, path=path)
             return
@@ -438,9 +442,16 @@ def _isLoopback(endpoint: str) -> bool:
 
 
 def _ownKeys(directory: Path) -> Iterator[str]:
-    """The public keys of a user, each as one line of authorized_keys without options."""
+    """
+    The public keys of a user, each as one line of authorized_keys without options.
+
+    @raise UnsafePath: others could have put one there.
+    """
     for path in sorted(directory.glob("*.pub")):
         try:
+            requireOwn(str(path))
+            if not path.is_file():
+                continue
             line = path.read_text(encoding="utf-8").strip()
             if parseAuthorizedKey(line) is not None:
                 yield line

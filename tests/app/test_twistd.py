@@ -174,6 +174,19 @@ class TestFirstStart:
         assert written.stat().st_mode & 0o777 == 0o600
         assert f"made {written} from 1 public keys in ~/.ssh" in running.log
 
+    @pytest.mark.parametrize("mode", [0o777, 0o700])
+    def test_keysOfOthers(self, ssh, box, service, mode):
+        """A key that somebody else could have put there is not let in, and a queue holds up nobody."""
+        public = box.makeKey().with_suffix(".pub")
+        os.mkfifo(box.home / ".ssh" / "queue.pub")
+        if mode == 0o700:
+            public.chmod(0o666)
+        (box.home / ".ssh").chmod(mode)
+        running = service()
+        assert not (running.state / "authorized_keys").exists()
+        assert "no key is taken from ~/.ssh: '" in running.log
+        assert "may be written to by everybody" in running.log
+
     def test_loopbackWithoutKeys(self, box, service):
         """Without keys nobody is let in, and the log says what to write where."""
         running = service()
