@@ -16,7 +16,9 @@ from twisted.internet.task import Clock, deferLater
 from twisted.python.failure import Failure
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
+from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
+from nixserve.codec.hashes import hashBytes
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import RemoteError
 from nixserve.hook import inputs, pipes
@@ -261,21 +263,58 @@ def test_fewAtATime(side, monkeypatch):
     assert inputs.PATIENCE_SECONDS > 60
 
 
-def test_fetches(side):
-    """Outputs come with what they refer to, as far as it is not here."""
-    made = makeNar(b"made")
-    info = makeInfo("made", made, side.paths[-1:])
+def made(side, name="made", references=None, ca=None):
+    """An output on the machine, which has what it refers to."""
+    nar = makeNar(name.encode())
+    info = makeInfo(name, nar, side.paths[-1:] if references is None else references, ca=ca)
     there = side.there.openSession()
     for each in side.infos:
         addObject(there, each, side.nars[each.path])
-    addObject(there, info, made)
-    side.store = MemoryStore()
-    joined, fetched, here = side.joined(), Recorder(), side.here()
-    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, plain(info.path), fetched)))
-    assert fetched.names == ["made"]
-    assert side.store.openSession().queryValidPaths([info.path, *side.paths]) == {info.path, *side.paths}
-    joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, plain(info.path), fetched)))
-    assert fetched.names == ["made"]
+    addObject(there, info, nar)
+    return info
+
+
+def fetch(side, outputs):
+    """
+    Have outputs here.
+
+    @return: the names of those that came.
+    """
+    joined, fetched = side.joined(), Recorder()
+    joined.result(Deferred.fromCoroutine(fetchOutputs(side.here(), joined.client, outputs, fetched)))
+    return fetched.names
+
+
+def test_fetches(side):
+    """Outputs come that are not here, in the order in which they refer to each other."""
+    low = made(side, "low")
+    top = made(side, "top", [low.path, side.paths[0]])
+    assert fetch(side, plain(top.path, low.path)) == ["low", "top"]
+    assert fetch(side, plain(top.path, low.path)) == []
+    assert side.store.openSession().queryValidPaths([low.path, top.path]) == {low.path, top.path}
+
+
+def test_fetchesNothingElse(side):
+    """
+    What is no output does not come: an input is here, so an output that refers to anything else is a machine's means to
+    make paths valid here that nobody has asked it for.
+    """
+    evil = made(side, "evil", [])
+    top = made(side, "top", [evil.path])
+    with pytest.raises(RemoteError, match=f"'{top.path}' refers to '{evil.path}', which is neither an output of the"):
+        fetch(side, plain(top.path))
+    assert not side.store.openSession().queryValidPaths([evil.path, top.path])
+
+
+def test_floatingOutputThatIsHere(side):
+    """A floating output that is here is held to what its derivation says of it like one that comes."""
+    floating = DerivationOutput(None, "r:sha256")
+    ca = ContentAddress(ContentAddressMethod.NAR, hashBytes("sha256", makeNar(b"good")))
+    good = made(side, "good", [], ca)
+    assert fetch(side, {good.path: floating}) == ["good"]
+    assert fetch(side, {good.path: floating}) == []
+    with pytest.raises(RemoteError, match=f"the content address of '{side.paths[0]}' is none, but its derivation asks"):
+        fetch(side, {side.paths[0]: floating})
 
 
 def test_keptHere(side):
@@ -283,14 +322,9 @@ def test_keptHere(side):
     What of the outputs, or of what they refer to, was here when it was asked for is not lost to a collector that runs
     before the rest has come.
     """
-    made = makeNar(b"made")
-    info = makeInfo("made", made, side.paths[-1:])
-    old = makeInfo("old", made)
-    there = side.there.openSession()
-    for each in side.infos:
-        addObject(there, each, side.nars[each.path])
-    addObject(there, info, made)
-    addObject(side.session, old, made)
+    info = made(side)
+    old = makeInfo("old", makeNar(b"old"))
+    addObject(side.session, old, makeNar(b"old"))
     side.session.close()
     joined, fetched, here = side.joined(), Recorder(side.store.collectGarbage), side.here()
     joined.result(Deferred.fromCoroutine(fetchOutputs(here, joined.client, plain(info.path, old.path), fetched)))
