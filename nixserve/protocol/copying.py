@@ -12,7 +12,7 @@ Who may add what is not decided here: signatures are passed on unjudged. Hashes 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,13 +29,20 @@ from nixserve.protocol.schedule import Schedule
 from nixserve.protocol.transfers import download, upload, uploadStream
 from nixserve.store.api import InvalidPath
 
-__all__ = ["Copied", "CopyProgress", "copyClosure"]
+__all__ = ["Copied", "CopyProgress", "Explain", "copyClosure"]
 
 _ADD_TO_STORE_NAR: Final = 5
 """The minor version from which AddToStoreNar is known."""
 
 _NAR_HASHES: Final = 4
 """The minor version from which infos have hashes."""
+
+
+Explain = Callable[[Mapping[StorePath, ValidPathInfo]], Awaitable[KnownOutputs]]
+"""
+Is told how a remote describes what would come here, before any of it does. Gives what derivations that are here say of
+some of it: what is to be in those, they decide. Raises if something may not come.
+"""
 
 
 class CopyProgress:
@@ -82,7 +89,7 @@ class _Wanted:
     What is to be copied: C{paths}, and with C{closure} what they refer to, with C{includeOutputs} also what derivations
     among that have built.
 
-    @ivar known: what is known of some of it, whatever the source says.
+    @ivar explain: see L{Explain}.
     """
 
     paths: frozenset[StorePath]
@@ -90,11 +97,15 @@ class _Wanted:
     includeOutputs: bool
     substitute: bool
     lock: bool
-    known: KnownOutputs
+    explain: Explain
 
 
 _SILENT: Final = CopyProgress()
-_NOTHING_KNOWN: Final[KnownOutputs] = {}
+
+
+async def _asDescribed(infos: Mapping[StorePath, ValidPathInfo]) -> KnownOutputs:
+    """Whatever the source says is so."""
+    return {}
 
 
 def copyClosure(
@@ -107,7 +118,7 @@ def copyClosure(
     includeOutputs: bool = False,
     dryRun: bool = False,
     progress: CopyProgress = _SILENT,
-    known: KnownOutputs = _NOTHING_KNOWN,
+    explain: Explain = _asDescribed,
 ) -> Deferred[Copied]:
     """
     Copy C{paths} and all that they refer to.
@@ -121,13 +132,13 @@ def copyClosure(
     @param substitute: the remote, if it is the target, shall try to fetch the paths from its own substituters first.
     @param includeOutputs: also what derivations among them have built.
     @param dryRun: only ask.
-    @param known: what derivations that are here say of paths that come here: what is to be in those, they decide.
+    @param explain: asked about what comes here. By default whatever the remote says of it is so.
     @return: fires when the target has everything. Fails with L{InvalidPath} if the source lacks one of C{paths},
         L{nixserve.protocol.client.RemoteFailure} if the remote refuses or is gone, or L{StoreError} if the store here
         fails or something that came is not what its info says. Failing or cancelled it cuts the connections: what is
         under way cannot be taken back.
     """
-    wanted = _Wanted(frozenset(paths), closure, includeOutputs, substitute, not dryRun, known)
+    wanted = _Wanted(frozenset(paths), closure, includeOutputs, substitute, not dryRun, explain)
     sources, targets = _several(source), _several(target)
     match sources[0], targets[0]:
         case DeferredSession(), ServeClient():
@@ -214,7 +225,8 @@ async def _download(
         await here.addTempRoots(paths)
     present = await here.queryValidPaths(paths)
     told = await client.queryPathInfos(paths - present)
-    infos = {path: asPromised(client.name, info, wanted.known) for path, info in told.items()}
+    known = await wanted.explain(told)
+    infos = {path: asPromised(client.name, info, known) for path, info in told.items()}
     missing = _inOrder(paths - present, infos)
     if wanted.closure:
         _requireClosed(client, missing, paths)

@@ -8,7 +8,8 @@ there first, in the same session, whose roots keep inputs and outputs from the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,11 +17,13 @@ from twisted.internet.defer import Deferred
 
 from nixserve.builder.resolution import InputOutputs, basicDerivation, mustResolve, resolve
 from nixserve.codec.buildresult import BuildResult, BuildStatus
-from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, drvPathOf
+from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, derivationName, drvPathOf
 from nixserve.codec.messages import BuildOptions
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.serve import batches
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, FormatError, RemoteError, StoreError
-from nixserve.protocol.buildoutputs import outputsOf, promisedOutputs
+from nixserve.protocol.buildoutputs import KnownOutputs, asPromised, outputsOf, promisedOutputs
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
@@ -32,6 +35,9 @@ __all__ = ["RemoteBuild", "RemotePlan", "buildRemotely", "planRemoteBuild"]
 _SILENT: Final = CopyProgress()
 _DEFAULT_OPTIONS: Final = BuildOptions()
 _NOTHING: Final = Copied((), 0)
+
+_MAX_LOADED: Final = 256
+"""Derivations that are read in one turn of a worker, and not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +149,14 @@ def buildRemotely(
     return Deferred.fromCoroutine(build())
 
 
+def _namesBefore(outputName: str) -> Iterator[str]:
+    """What a derivation may be called one of whose outputs has this name: see
+    L{nixserve.codec.storepath.outputPathName}."""
+    yield outputName
+    for match in re.finditer("-", outputName):
+        yield outputName[: match.start()]
+
+
 class _Job:
     """
     A derivation of which something is wanted.
@@ -203,6 +217,8 @@ class _Building:
         self._sends: set[StorePath] = set()
         # What all these derivations say of their outputs, as far as the paths are known.
         self._known: dict[StorePath, DerivationOutput] = {}
+        # What was asked for is made from these, and from what they refer to.
+        self._origins: frozenset[StorePath] = frozenset()
         self.order: list[_Job] = []
 
     async def root(
@@ -210,7 +226,10 @@ class _Building:
     ) -> _Job:
         """What was asked for."""
         if isinstance(drv, StorePath):
+            self._origins = frozenset({drv})
             drvPath, drv = drv, (await self._read([drv]))[drv]
+        else:
+            self._origins = drv.inputSrcs.union(drv.inputDrvs if isinstance(drv, Derivation) else ())
         self._learn(drv)
         return _Job(drvPath or drvPathOf(drv, self._here.storeDir), drv, drv.outputs if outputs is None else outputs)
 
@@ -272,19 +291,22 @@ class _Building:
 
         @raise StoreError: one is not there.
         """
-        session, new = self._here.session, sorted(set(paths) - self._drvs.keys())
+        if new := sorted(set(paths) - self._drvs.keys()):
+            self._drvs |= await self._load(new)
+        return {path: self._drvs[path] for path in paths}
+
+    async def _load(self, paths: Sequence[StorePath]) -> dict[StorePath, Derivation]:
+        session = self._here.session
 
         def read() -> dict[StorePath, Derivation]:
-            for path in sorted(set(new) - session.queryValidPaths(new)):
+            for path in sorted(set(paths) - session.queryValidPaths(paths)):
                 raise StoreError(f"derivation '{path}' is not in the store here")
-            return {path: readDerivation(path, session.narFromPath(path), session.storeDir) for path in new}
+            return {path: readDerivation(path, session.narFromPath(path), session.storeDir) for path in paths}
 
-        if new:
-            found = await self._here.call(read)
-            self._drvs |= found
-            for drv in found.values():
-                self._learn(drv)
-        return {path: self._drvs[path] for path in paths}
+        found = await self._here.call(read)
+        for drv in found.values():
+            self._learn(drv)
+        return found
 
     def _learn(self, drv: BasicDerivation) -> None:
         self._known |= {output.path: output for output in drv.outputs.values() if output.path is not None}
@@ -345,10 +367,39 @@ class _Building:
 
         @raise RemoteError: the remote has not got one, or what it has cannot be what a derivation says.
         """
+        wanted = frozenset(paths)
+        for info in (await self._here.queryPathInfos(wanted)).values():
+            # Where a floating output is the remote has said, so what is here already may be anything.
+            asPromised(self._client.name, info, self._known)
         try:
-            return await copyClosure(self._client, self._here, list(paths), progress=progress, known=self._known)
+            return await copyClosure(self._client, self._here, wanted, progress=progress, explain=self._explain)
         except InvalidPath as e:
             raise RemoteError(f"{self._client.name}: '{e.path}' is not there after the build") from e
+
+    async def _explain(self, told: Mapping[StorePath, ValidPathInfo]) -> KnownOutputs:
+        """
+        What derivations say of what would come here. It is outputs of the one that was asked for and of those that it
+        was made from, or its path proves its contents. Any other path a remote could have made up: what it gave for it
+        would be valid here, unsigned, for whoever wants that path later.
+
+        @raise RemoteError: something is neither.
+        """
+        storeDir = self._here.storeDir
+        open_ = {path for path in told.keys() - self._known.keys() if not told[path].isContentAddressed(storeDir)}
+        # Of sources that only the remote has nobody here knows what they bring along.
+        if not open_ or self._origins - await self._here.queryValidPaths(self._origins):
+            return self._known
+        makers = await self._here.queryClosure(self._origins)
+        called = {prefix for path in open_ for prefix in _namesBefore(path.name)}
+        likely = sorted(path for path in makers if path.isDerivation and derivationName(path) in called)
+        for batch in batches(likely, _MAX_LOADED):
+            await self._load(batch)
+        for path in sorted(open_ - self._known.keys()):
+            raise RemoteError(
+                f"{self._client.name or 'the remote'} says that what was built needs '{path}', which no derivation "
+                "behind it makes, and whose contents do not give its path"
+            )
+        return self._known
 
     async def _basic(self, job: _Job) -> tuple[StorePath, BasicDerivation]:
         """

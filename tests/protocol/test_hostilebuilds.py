@@ -10,7 +10,7 @@ import pytest
 from nixserve.builder.realising import realisations
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
-from nixserve.codec.derivation import Derivation, DerivationOutput
+from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput
 from nixserve.codec.hashes import hashBytes
 from nixserve.errors import NixServeError, RemoteError, StoreError
 from nixserve.protocol.buildoutputs import checkBuiltOutputs
@@ -183,7 +183,7 @@ def test_fixedOutputWithReferences():
     """A fixed output refers to nothing: a reference would bring whatever it refers to along."""
     farm = HostileFarm()
     drv, path = farm.fixed("top")
-    evil = put(farm.remote, makeInfo("evil", EVIL), EVIL)
+    evil = put(farm.remote, addressed("evil", EVIL), EVIL)
     nar = makeNar(GOOD)
     info = makeInfo("top", nar, [evil], path=path)
     farm.says("top", {"out": Realisation(path)}, [(info, nar)])
@@ -227,3 +227,81 @@ def test_floatingOutputWithOtherContents():
     farm.remote.lies[good.path] = replace(info, ca=good.ca)
     farm.says("top", {"out": Realisation(good.path)})
     refused(farm, drv, f"ca hash mismatch importing path '{good.path}'", StoreError)
+
+
+def chain(farm, low):
+    """
+    What a build needs whose dependencies are there: C{top}, which needs C{middle}, which needs C{low}.
+
+    @param low: a derivation, and the path of its output.
+    @return: C{top}, and the paths of its output and of that of C{middle}.
+    """
+    middle = farm.derivation("middle", [(low[0], ["out"])])
+    top = farm.derivation("top-1.0", [(middle, ["out"])])
+    nar, paths = makeNar(b"there"), [farm.drvs[drv].outputs["out"].path for drv in (top, middle)]
+    put(farm.remote, makeInfo("middle", nar, [low[1]], path=paths[1]), nar)
+    farm.says("top-1.0", {}, [(makeInfo("top-1.0", nar, [paths[1]], path=paths[0]), nar)])
+    return top, *paths
+
+
+def test_whatDerivationsMake():
+    """What an output needs comes with it, however far behind it the derivation is that makes it."""
+    farm = HostileFarm()
+    low = farm.derivation("low-2.0-x", outputs=("out", "lib"))
+    path = farm.output(farm.remote, low, "lib")
+    top, *paths = chain(farm, (low, path))
+    assert {info.path for info in farm.build(top).fetched.infos} == {path, *paths}
+
+
+def test_whatNoDerivationMakes():
+    """Anything else an output cannot have from its builder: a remote would have made it up. It does not come."""
+    for drv in ("top", "top-1.0"):
+        farm = HostileFarm()
+        evil = put(farm.remote, makeInfo("low-2.0", EVIL), EVIL)
+        low = farm.derivation("low-2.0")
+        top, path, _ = chain(farm, (low, evil))
+        if drv == "top":
+            top = farm.derivation("top")
+            path = farm.drvs[top].outputs["out"].path
+            farm.says("top", {}, [(makeInfo("top", EVIL, [evil], path=path), EVIL)])
+        refused(farm, top, f"memory says that what was built needs '{evil}', which no derivation behind it makes")
+
+
+def test_contentsThatGiveTheirPath():
+    """What its contents give its path comes whatever needs it: nobody can have anything else there."""
+    farm = HostileFarm()
+    low = addressed("low", EVIL)
+    put(farm.remote, low, EVIL)
+    top, *_ = chain(farm, (farm.derivation("low"), low.path))
+    assert low.path in {info.path for info in farm.build(top).fetched.infos}
+
+
+def test_wrongContentsFarBehind():
+    """A fixed output is compared with the hash that its derivation states, also if that need not be looked at else."""
+    farm = HostileFarm()
+    low, path = farm.fixed("low")
+    put(farm.remote, makeInfo("low", EVIL, path=path), EVIL)
+    top, *_ = chain(farm, (low, path))
+    refused(farm, top, f"hash mismatch importing path '{path}'", StoreError)
+
+
+def test_sourcesThatOnlyTheRemoteHas():
+    """Of what a caller's own derivation reads there nobody here knows what it brings along, so all of it comes."""
+    farm = HostileFarm()
+    low = put(farm.remote, makeInfo("low", EVIL), EVIL)
+    source = put(farm.remote, makeInfo("source", EVIL, [low]), EVIL)
+    path = makeInfo("top", EVIL).path
+    drv = BasicDerivation("top", {"out": DerivationOutput(path)}, frozenset({source}), "x", "x", (), {"out": path})
+    farm.says("top", {}, [(makeInfo("top", EVIL, [source], path=path), EVIL)])
+    built = farm.build(drv, drvPath=farm.derivation("top"))
+    assert {info.path for info in built.fetched.infos} == {low, source, path}
+
+
+def test_floatingOutputThatIsHere():
+    """A floating output that is here already is held to the derivation as well."""
+    farm = HostileFarm()
+    drv = farm.leaf("top", DerivationOutput(None, "r:sha256"))
+    other = put(farm.local, makeInfo("top", EVIL), EVIL)
+    farm.says("top", {"out": Realisation(other)}, [(makeInfo("top", EVIL), EVIL)])
+    with pytest.raises(RemoteError, match=f"the content address of '{other}' is none, but its derivation asks"):
+        farm.build(drv)
