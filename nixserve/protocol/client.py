@@ -49,6 +49,7 @@ from nixserve.codec.serve import (
     QueryPathInfos,
     QueryValidPaths,
     Request,
+    batches,
     dependsOnVersion,
 )
 from nixserve.codec.storepath import StoreDir, StorePath
@@ -67,6 +68,15 @@ MAX_SAID_LINES = 5
 
 MAX_BATCHES_ASKED = 8
 """Requests for path infos without an answer. At 100 ms for the way there and back these are 80,000 infos a second."""
+
+MAX_INFOS_SPACE = 384 * 1024 * 1024
+"""
+What the references and signatures of all path infos of one question may take up here. Those of a hundred thousand
+paths, the largest closures known, take up less than half of that.
+"""
+
+_ELEMENT_SPACE = 64
+"""What each of them takes up beside its characters: a text of Python, and its place in a set."""
 
 CLOSE_SECONDS = 3.0
 """How long a remote may take to end by itself when it is told that nothing more will come."""
@@ -323,17 +333,22 @@ class ServeClient(Protocol):
         return self._perform(awaited, send, versioned=dependsOnVersion(request))
 
     async def _queryPathInfos(self, paths: frozenset[StorePath]) -> dict[StorePath, ValidPathInfo]:
-        ordered = sorted(paths)
-        batches = [ordered[start : start + MAX_INFOS_ASKED] for start in range(0, len(ordered), MAX_INFOS_ASKED)]
+        unasked = deque(batches(sorted(paths), MAX_INFOS_ASKED)) or deque([[]])
         infos: dict[StorePath, ValidPathInfo] = {}
         asked: deque[Deferred[dict[StorePath, ValidPathInfo]]] = deque()
+        space = 0
         try:
-            for batch in batches or [[]]:
-                asked.append(self._ask(QueryPathInfos(frozenset(batch))))
-                if len(asked) > MAX_BATCHES_ASKED:
-                    infos |= await asked.popleft()
-            while asked:
-                infos |= await asked.popleft()
+            while unasked or asked:
+                if unasked and len(asked) <= MAX_BATCHES_ASKED:
+                    asked.append(self._ask(QueryPathInfos(frozenset(unasked.popleft()))))
+                    continue
+                found = await asked.popleft()
+                infos |= found
+                space += sum(map(_spaceOf, found.values()))
+                if space > MAX_INFOS_SPACE:
+                    self._cut(f"what it says of {len(paths)} paths takes up more than {MAX_INFOS_SPACE} bytes")
+                    assert self._failure is not None, "it was cut"
+                    raise self._failure
         finally:
             for answer in asked:
                 # It fails for the reason that is on its way up, or nobody wants it any more.
@@ -510,6 +525,12 @@ class RemoteFailure(RemoteError):
             # The log of the build: no reason.
             reason = f"{self.why}; {reason}"
         return ": ".join(filter(None, (self.name, self.about, reason)))
+
+
+def _spaceOf(info: ValidPathInfo) -> int:
+    """What a remote can make large of a path info, in bytes of memory."""
+    texts = [*info.references, *info.sigs]
+    return sum(map(len, texts)) + _ELEMENT_SPACE * len(texts)
 
 
 def _lastLines(text: bytes) -> str:

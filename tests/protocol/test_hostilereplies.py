@@ -173,6 +173,21 @@ def test_manyInfosAreAskedForInParts():
     assert fired(asked) and result(asked).keys() == set(paths)
 
 
+def test_manyLargeInfos(monkeypatch):
+    """What may be said of a crowd of paths is bounded as a whole, although each of the replies is none too large."""
+    monkeypatch.setattr("nixserve.protocol.client.MAX_INFOS_SPACE", 3 << 20)
+    paths = sorted(path(f"number-{number}") for number in range(5 * MAX_INFOS_ASKED))
+    batches = [paths[start : start + MAX_INFOS_ASKED] for start in range(0, len(paths), MAX_INFOS_ASKED)]
+    sigs = [f"key-{number}:" + "x" * 100 for number in range(8)]
+    replies = (b"".join(info(each, sigs=sigs) for each in batch) + wire("") for batch in batches)
+    refused(infos(*paths), replies, f"what it says of {len(paths)} paths takes up more than", 4 << 20)
+    client, transport = alone()
+    asked = client.queryPathInfos(paths)
+    for batch in batches:
+        client.dataReceived(b"".join(map(info, batch)) + wire(""))
+    assert result(asked).keys() == set(paths) and not transport.aborted
+
+
 def test_closureThatIsNone():
     """What a copy is told about refers to nothing outside of what was called the closure."""
     there, here, archive = MemoryStore(), MemoryStore(), makeNar(b"x")
