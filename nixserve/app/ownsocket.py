@@ -65,8 +65,8 @@ class OwnSocket:
 
     def _judge(self, path: str) -> None:
         """
-        Others may make files where sockets may lie, and links to files of ours: what we lock, empty and repeat from must
-        be none of these.
+        Others may make files where sockets may lie, and links to files of ours: what we lock, empty and repeat from
+        must be none of these.
         """
         status = os.fstat(self._fd)
         isOwn = status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022

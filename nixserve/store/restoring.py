@@ -52,18 +52,23 @@ class PathRestorer:
     @ivar narSize: how many bytes of the NAR were fed so far; after L{finish} its size.
     """
 
-    def __init__(self, target: str, maxSize: int | None = None, realPath: str | None = None) -> None:
+    def __init__(
+        self, target: str, maxSize: int | None = None, realPath: str | None = None, rootSize: int | None = None
+    ) -> None:
         """
         @param target: what the root of the NAR becomes. The directory for it must exist, it itself must not.
         @param maxSize: how many bytes the NAR may have, where that is known.
-        @param realPath: where it will be in the end, if that is elsewhere: its paths must be possible there.
+        @param realPath: where it will be in the end, if that is elsewhere: its paths must be possible there, and errors
+            name it.
+        @param rootSize: in place of that, the bytes of the shortest path that it may get.
         @raise StoreError: the directory that should contain C{target} cannot be opened.
         """
         self.narSize = 0
         self._target = target
-        self._longer = 0 if realPath is None else len(os.fsencode(realPath)) - len(os.fsencode(target))
-        # Of the longest path in it, and that of the root where it will be.
-        self._longest = self._rootSize = len(os.fsencode(target)) + self._longer
+        self._realPath = target if realPath is None else realPath
+        # Bytes of the longest path in it, and of that of the root, where it will be.
+        self._longest = self._rootSize = len(os.fsencode(self._realPath)) if rootSize is None else rootSize
+        self._longer = self._rootSize - len(os.fsencode(target))
         self._parser = NarParser(maxSize)
         self._digest = hashlib.sha256()
         self._narHash: Hash | None = None
@@ -108,7 +113,7 @@ class PathRestorer:
             self._apply(events)
         except OSError as error:
             self.abort()
-            raise failure("write", self._walk.path(self._name), error) from error
+            raise failure("write", self._path(), error) from error
         except NixServeError:
             self.abort()
             raise
@@ -181,7 +186,11 @@ class PathRestorer:
         if size > self._longest:
             self._longest = size
             if size > MAX_PATH_SIZE:
-                checkPathSize(size, os.fsencode(self._walk.path(self._name)))
+                checkPathSize(size, os.fsencode(self._path()))
+
+    def _path(self) -> str:
+        """What is created now, by its final name."""
+        return self._realPath + self._walk.path(self._name).removeprefix(self._target)
 
     def _startFile(self, event: Regular) -> None:
         """Create a file."""
