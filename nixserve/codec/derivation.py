@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from nixserve.codec.aterm import ATermReader, BadATerm, quote, quoteRaw, writeList
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
@@ -180,8 +180,15 @@ class Derivation(BasicDerivation):
 #: Finds the derivation of a .drv path; raises what it likes if it cannot.
 Lookup = Callable[[StorePath], Derivation]
 
-#: The hashes modulo that are known; C{None}: deferred.
-Memo = dict[StorePath, Hash | None]
+
+class Memo(Protocol):
+    """The hashes modulo that are known, by path; C{None}: deferred. A dictionary is one."""
+
+    def __contains__(self, path: object, /) -> bool: ...
+
+    def __getitem__(self, path: StorePath, /) -> Hash | None: ...
+
+    def __setitem__(self, path: StorePath, found: Hash | None, /) -> None: ...
 
 
 def derivationName(drvPath: StorePath) -> str:

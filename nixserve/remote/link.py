@@ -21,7 +21,8 @@ from nixserve.errors import LocalProtocolError, RemoteError, StoreError
 from nixserve.protocol.client import ServeClient
 from nixserve.remote.sessions import Download, RemoteSessions, Upload
 from nixserve.store.api import Busy, InvalidPath
-from nixserve.store.contents import DerivationMemo, readDerivation
+from nixserve.store.contents import readDerivation
+from nixserve.store.drvhashes import DerivationMemo
 from nixserve.store.uploads import Uploads, UploadWait
 
 __all__ = ["AddingLocks", "Link"]
@@ -84,7 +85,7 @@ class Link:
 
     def __init__(self, reactor: Any, sessions: RemoteSessions, locks: AddingLocks, storeDir: StoreDir) -> None:
         self.storeDir = storeDir
-        self.memo: DerivationMemo = {}
+        self.memo = DerivationMemo()
         self.sessions = sessions
         self._reactor = reactor
         self._locks = locks

@@ -41,7 +41,6 @@ from nixserve.codec.storepath import StorePath
 from nixserve.errors import FormatError, NixServeError, StoreError
 from nixserve.store.api import Busy, InvalidPath, PathWriter
 from nixserve.store.contents import (
-    DerivationMemo,
     DrainingWriter,
     checkContentAddress,
     checkNar,
@@ -50,6 +49,7 @@ from nixserve.store.contents import (
     readDerivation,
     sizeMismatch,
 )
+from nixserve.store.drvhashes import DerivationMemo, DrvHashes
 from nixserve.store.files import deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.opening import fileSystemErrors
@@ -79,7 +79,9 @@ class Adder:
     @ivar lockedForUs: paths whose locks somebody else holds so that we may add them.
     """
 
-    def __init__(self, layout: StoreLayout, validPaths: ValidPaths, roots: TempRoots, uploads: Uploads) -> None:
+    def __init__(
+        self, layout: StoreLayout, validPaths: ValidPaths, roots: TempRoots, uploads: Uploads, drvHashes: DrvHashes
+    ) -> None:
         self.layout = layout
         self.uploads = uploads
         self.roots = roots
@@ -88,7 +90,7 @@ class Adder:
         self.registered = False
         self._validPaths = validPaths
         # A closure of derivations comes one by one, each referring to those before it.
-        self._memo: DerivationMemo = {}
+        self._memo = DerivationMemo(drvHashes)
         hashPart = base32.encode(os.urandom(20))
         self._scratch = StorePath(f"{layout.storeDir.path}/{hashPart}-{_SCRATCH_NAME}")
         # Where an import would have most room; its path is not known before its end.

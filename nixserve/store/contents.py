@@ -26,12 +26,12 @@ from nixserve.codec.nar import Contents, Directory, EndDirectory, Event, NarPars
 from nixserve.codec.pathinfo import Signature, ValidPathInfo
 from nixserve.codec.storepath import HASH_PART_LENGTH, MAX_NAME_LENGTH, StoreDir, StorePath
 from nixserve.errors import FormatError, StoreError
+from nixserve.store.drvhashes import DerivationMemo, FindingHashes
 
 __all__ = [
     "MAX_DERIVATION_SIZE",
     "MAX_PATH_SIZE",
     "MAX_SELF_REFERENCES",
-    "DerivationMemo",
     "DrainingWriter",
     "HashModulo",
     "Intake",
@@ -50,9 +50,6 @@ __all__ = [
 #: be asked for. The largest of Nixpkgs have some MiB.
 MAX_DERIVATION_SIZE: Final = 16 * 1024 * 1024
 
-#: Hashes of derivations that are remembered: more than all of Nixpkgs has.
-MAX_REMEMBERED: Final = 200_000
-
 #: Bytes in the path of a file in an object: the kernel's PATH_MAX without the NUL.
 MAX_PATH_SIZE: Final = 4095
 
@@ -62,10 +59,6 @@ MAX_SELF_REFERENCES: Final = 4 * 1024 * 1024
 
 #: Offsets that are hashed together.
 _OFFSETS_AT_ONCE: Final = 10_000
-
-DerivationMemo = dict[StorePath, Hash | None]
-"""Hashes of derivations found before, see L{nixserve.codec.derivation.hashDerivationModulo}."""
-
 
 #: Bytes of each end of a long path that a message shows.
 _SHOWN: Final = 200
@@ -336,9 +329,11 @@ def derivationOutputs(
     if not path.isDerivation:
         return {}
     drv = lookup(path)
-    if len(memo) > MAX_REMEMBERED:
-        memo.clear()
-    checkDerivationOutputs(path, drv, lookup, storeDir, memo)
+    hashes = FindingHashes(memo, lookup, storeDir)
+    try:
+        checkDerivationOutputs(path, drv, hashes.lookup, storeDir, hashes)
+    finally:
+        hashes.keep()
     return {name: output.path for name, output in drv.outputs.items() if output.path is not None}
 
 

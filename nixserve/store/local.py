@@ -27,6 +27,7 @@ from nixserve.store.adding import Adder
 from nixserve.store.api import ImportWriter, InvalidPath, PathWriter, addWhole
 from nixserve.store.contents import readDerivation
 from nixserve.store.database import Database
+from nixserve.store.drvhashes import DrvHashes
 from nixserve.store.files import dumpPath
 from nixserve.store.layout import StoreDefaults, StoreLayout, parseStoreURI
 from nixserve.store.opening import RESERVED_SIZE, prepareDirectories
@@ -63,6 +64,7 @@ class LocalStore:
         self.database = Database(layout)
         self.validPaths = ValidPaths(self.database, layout.storeDir)
         self._uploads = Uploads()
+        self._drvHashes = DrvHashes()
         self._closed = False
         self._sessions: set[LocalSession] = set()
         # Guards the two above; never held during I/O.
@@ -81,7 +83,7 @@ class LocalStore:
         with self._mutex:
             if self._closed:
                 raise StoreError(f"the store in '{self.layout.stateDir}' is closed")
-            session = LocalSession(self.layout, self.validPaths, self._uploads, self._forget)
+            session = LocalSession(self.layout, self.validPaths, self._uploads, self._drvHashes, self._forget)
             self._sessions.add(session)
         return session
 
@@ -104,7 +106,7 @@ class LocalSession:
     """
     L{nixserve.store.api.StoreSession} of a L{LocalStore}.
 
-    Sessions share the database and nothing else: none waits for what another does.
+    Sessions share the database and what is known of derivations: none waits for what another does.
     """
 
     def __init__(
@@ -112,10 +114,12 @@ class LocalSession:
         layout: StoreLayout,
         validPaths: ValidPaths,
         uploads: Uploads,
+        drvHashes: DrvHashes,
         onClose: Callable[[LocalSession], None],
     ) -> None:
         """
         @param uploads: what all sessions of the store are being sent.
+        @param drvHashes: what they have found out about derivations.
         @param onClose: called once, when everything has been freed.
         """
         self._layout = layout
@@ -123,7 +127,7 @@ class LocalSession:
         self._onClose = onClose
         self._closed = False
         self._roots = TempRoots(layout, self._isInDanger)
-        self._adder = Adder(layout, validPaths, self._roots, uploads)
+        self._adder = Adder(layout, validPaths, self._roots, uploads, drvHashes)
         self._streams: weakref.WeakSet[Generator[bytes, None, None]] = weakref.WeakSet()
 
     @property

@@ -20,7 +20,6 @@ from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import NixServeError, StoreError
 from nixserve.store.api import Busy, ImportWriter, InvalidPath, PathWriter, addWhole
 from nixserve.store.contents import (
-    DerivationMemo,
     DrainingWriter,
     Intake,
     checkContentAddress,
@@ -30,6 +29,7 @@ from nixserve.store.contents import (
     readDerivation,
     sizeMismatch,
 )
+from nixserve.store.drvhashes import DerivationMemo
 
 __all__ = ["MemorySession", "MemoryStore"]
 
@@ -59,7 +59,7 @@ class MemoryStore:
         self._objects: dict[StorePath, _Object] = {}
         self._sessions: set[MemorySession] = set()
         self._locks: dict[StorePath, MemorySession] = {}
-        self._memo: DerivationMemo = {}
+        self._memo = DerivationMemo()
         # Guards all of the above. Nothing slow happens under it.
         self._mutex = threading.RLock()
 

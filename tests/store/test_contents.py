@@ -3,12 +3,10 @@ L{nixserve.store.contents}: what must be true of an object. Most of it is tested
 """
 
 import hashlib
-from dataclasses import replace
 
 import pytest
 
 from nixserve.codec.contentaddress import ContentAddress
-from nixserve.codec.derivation import Derivation, DerivationOutput, drvPathOf, outputPaths
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.codec.wire import MAX_STRING_SIZE
 from nixserve.errors import StoreError
@@ -17,7 +15,6 @@ from nixserve.store.contents import (
     MAX_DERIVATION_SIZE,
     HashModulo,
     checkContentAddress,
-    derivationOutputs,
     readDerivation,
 )
 from nixserve.testing import makeInfo, makeNar
@@ -103,22 +100,3 @@ def test_largestDerivation():
     with pytest.raises(StoreError, match=f"is larger than {MAX_DERIVATION_SIZE} bytes"):
         readDerivation(path, dump(), StoreDir())
     assert len(pieces) == 17
-
-
-def test_rememberedDerivations(monkeypatch):
-    """A session remembers the hashes of so many derivations and no more."""
-    monkeypatch.setattr(contents, "MAX_REMEMBERED", 3)
-    memo, drvs = {}, {}
-
-    def add(platform, inputs):
-        bare = Derivation("x", {"out": DerivationOutput(OUT)}, frozenset(), platform, "b", (), {"out": ""}, inputs)
-        paths = outputPaths(bare, drvs.__getitem__, StoreDir(), {})
-        drv = replace(bare, outputs={name: DerivationOutput(path) for name, path in paths.items()}, env=paths)
-        path = drvPathOf(drv, StoreDir())
-        drvs[path] = drv
-        assert derivationOutputs(path, drvs.__getitem__, StoreDir(), memo) == paths
-        return path
-
-    for number in range(10):
-        add("top", {add(f"low{number}", {}): frozenset(["out"])})
-        assert 0 < len(memo) <= 4
