@@ -93,8 +93,6 @@ class Adder:
         self._memo = DerivationMemo(drvHashes)
         hashPart = base32.encode(os.urandom(20))
         self._scratch = StorePath(f"{layout.storeDir.path}/{hashPart}-{_SCRATCH_NAME}")
-        # Where an import would have most room; its path is not known before its end.
-        self._shortest = len(os.fsencode(layout.realPath(StorePath(f"{layout.storeDir.path}/{hashPart}-x"))))
         self._courtesy = UploadWait(uploads)
         self._places: dict[str, PathLocks] = {}
         self._numbers = itertools.count(1)
@@ -252,7 +250,7 @@ class Adder:
         """
         place = self._takePlace()
         try:
-            writer = LocalImportWriter(self, place, PathRestorer(place, rootSize=self._shortest))
+            writer = LocalImportWriter(self, place, PathRestorer(place))
         except BaseException:
             self.giveBack(place)
             raise

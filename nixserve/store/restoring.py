@@ -52,23 +52,22 @@ class PathRestorer:
     @ivar narSize: how many bytes of the NAR were fed so far; after L{finish} its size.
     """
 
-    def __init__(
-        self, target: str, maxSize: int | None = None, realPath: str | None = None, rootSize: int | None = None
-    ) -> None:
+    def __init__(self, target: str, maxSize: int | None = None, realPath: str | None = None) -> None:
         """
         @param target: what the root of the NAR becomes. The directory for it must exist, it itself must not.
         @param maxSize: how many bytes the NAR may have, where that is known.
-        @param realPath: where it will be in the end, if that is elsewhere: its paths must be possible there, and errors
-            name it.
-        @param rootSize: in place of that, the bytes of the shortest path that it may get.
+        @param realPath: where it will be in the end, if that is elsewhere: its paths must be possible there too, and
+            errors name it.
         @raise StoreError: the directory that should contain C{target} cannot be opened.
         """
         self.narSize = 0
         self._target = target
         self._realPath = target if realPath is None else realPath
-        # Bytes of the longest path in it, and of that of the root, where it will be.
-        self._longest = self._rootSize = len(os.fsencode(self._realPath)) if rootSize is None else rootSize
-        self._longer = self._rootSize - len(os.fsencode(target))
+        # Nor must a path be too long where it is until then: Nix's collector looks at the paths of all open files, and
+        # fails on one that the kernel cannot show.
+        self._longer = max(0, len(os.fsencode(self._realPath)) - len(os.fsencode(target)))
+        # Of the longest path in it, and that of the root where it will be.
+        self._longest = self._rootSize = len(os.fsencode(target)) + self._longer
         self._parser = NarParser(maxSize)
         self._digest = hashlib.sha256()
         self._narHash: Hash | None = None

@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import Directory, EndDirectory, encodeNar, regularStart
+from nixserve.codec.nar import Contents, Directory, EndDirectory, Regular, encodeNar, regularStart
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import NixServeError, StoreError, UsageError
 from nixserve.store import adding
@@ -709,8 +709,8 @@ def test_lockedForUsFails(store, layout):
 def test_pathsTooLongUnderTheFinalName(store, layout):
     """It is its own name that decides how deep an object may be, not the one under which it is restored."""
     name = b"d" * 99
-    for called, more in (("x" * 200, 1), ("x", 0)):
-        path = makeInfo(called, HELLO).path
+    for more in (1, 0):
+        path = makeInfo("x" * 200, HELLO).path
         left = 4095 - len(layout.realPath(path))
         names = [name] * (left // 100)
         names[-1] += b"d" * (left % 100 + more)
@@ -723,6 +723,29 @@ def test_pathsTooLongUnderTheFinalName(store, layout):
                 add(session)
             session.close()
         assert store.validPaths.queryValidPaths([path]) == (set() if more else {path})
+
+
+@pytest.mark.parametrize("kind", ["addToStore", "importPath"])
+def test_openFilesHavePaths(store, layout, kind):
+    """
+    However deep an object is that somebody sends, and stops in the middle, and however short its name: Nix's collector
+    looks at all open files of the machine, ends at the first whose path the kernel cannot tell, and gets past ours.
+    """
+    path = makeInfo("x", HELLO).path
+    size = 4095 - len(layout.realPath(path)) - 2
+    names = [b"d" * 99] * (size // 100) + [b"d" * (size % 100 - 1)]
+    deep = [Directory(b""), *map(Directory, names), Regular(b"z", False, len(HELLO)), Contents(HELLO)]
+    nar = b"".join(encodeNar([*deep, *[EndDirectory()] * (len(names) + 1)]))
+    session = store.openSession()
+    writer = session.importPath() if kind == "importPath" else session.addToStore(makeInfo("x", nar, path=path))
+    with contextlib.suppress(StoreError):
+        writer.feed(nar[: nar.index(HELLO) + 1])
+    for fd in os.listdir("/proc/self/fd"):
+        # That of the listing is gone.
+        with contextlib.suppress(FileNotFoundError):
+            os.readlink(f"/proc/self/fd/{fd}")
+    writer.abort()
+    session.close()
 
 
 # --- names of ours in the store directory -----------------------------------------------------------------
