@@ -36,7 +36,7 @@ from nixserve.codec.storepath import StorePath, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.contents import HashModulo, PathTooLong
-from nixserve.store.copying import TreeCopier
+from nixserve.store.copying import TooLarge, TreeCopier
 from nixserve.store.files import CHUNK_SIZE, deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.pathlocks import PathLocks, moveInto, vacate
@@ -166,7 +166,7 @@ class _Registration:
         self._session = session
         self._built = built
         self._patience = patience
-        self._copier = TreeCopier(built.builderUids, lambda: patience(_proceed))
+        self._copier = TreeCopier(built.builderUids, lambda: patience(_proceed), built.maxSize)
         self._inputs = {path.hashPart: path for path in built.inputs}
         self._scratches = {place.scratch.hashPart: name for name, place in built.places.items()}
         #: By the hash part of the scratch path, the final path; of outputs that have one.
@@ -212,7 +212,7 @@ class _Registration:
                 f"suspicious ownership or permission on '{place.scratch}' for output '{name}'; "
                 "rejecting this build output"
             )
-        copy = self._copy(place)
+        copy = self._copy(name, place)
         mode = os.lstat(copy).st_mode
         plain = stat.S_ISREG(mode) and not mode & stat.S_IXUSR
         scanner = ReferenceScanner([*self._inputs, *self._scratches])
@@ -223,13 +223,16 @@ class _Registration:
             digest.update(chunk)
             size += len(chunk)
             if 0 < self._built.maxSize < size:
-                raise _rejected(
-                    f"output '{name}' of '{self._built.drvPath}' has more than {self._built.maxSize} bytes, the most "
-                    "that an output may have here"
-                )
+                raise self._tooLarge(name)
         return _Examined(name, place, copy, plain, scanner.found, Hash("sha256", digest.digest()), size)
 
-    def _copy(self, place: OutputPlace) -> str:
+    def _tooLarge(self, name: str) -> BuildError:
+        return _rejected(
+            f"output '{name}' of '{self._built.drvPath}' has more than {self._built.maxSize} bytes, the most that an "
+            "output may have here"
+        )
+
+    def _copy(self, name: str, place: OutputPlace) -> str:
         """
         Put a copy in the place of what the builder made.
 
@@ -238,6 +241,9 @@ class _Registration:
         copy = f"{self._built.workDir}/{place.scratch.baseName}"
         try:
             self._copier.copy(place.realPath, copy, self._layout.realPath(place.known or place.scratch))
+        except TooLarge:
+            # Not only when it lies there twice.
+            raise self._tooLarge(name) from None
         except StoreError as error:
             if isinstance(error, PathTooLong) or str(error).startswith("invalid ownership"):
                 raise _rejected(str(error)) from error

@@ -26,7 +26,7 @@ from nixserve.store.files import MTIME_NS, canonicalisePathMetaData, sortedEntri
 from nixserve.store.restoring import handsDownAcl
 from nixserve.store.walk import Walk, chmodNode, failure, lstatNode, unsupported
 
-__all__ = ["TreeCopier"]
+__all__ = ["TooLarge", "TreeCopier"]
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -41,6 +41,10 @@ _PIECE = 16 * 1024 * 1024
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
+class TooLarge(StoreError):
+    """The files of a tree have more bytes than they may."""
+
+
 class TreeCopier:
     """
     Copies the outputs of one build.
@@ -50,14 +54,18 @@ class TreeCopier:
     shared with the original where the file system can.
     """
 
-    def __init__(self, uids: range | None, proceed: Callable[[], None]) -> None:
+    def __init__(self, uids: range | None, proceed: Callable[[], None], maxSize: int = 0) -> None:
         """
         @param uids: to one of whom everything must belong; C{None} if nobody but us could make anything. Without that,
             C{ln /etc/shadow $out/x} would have us publish any file of the same file system.
         @param proceed: called again and again; raises to give up.
+        @param maxSize: bytes of the files of one tree, as a NAR counts them: holes too, and hard links again; 0 for any
+            number.
         """
         self._uids = uids
         self._proceed = proceed
+        self._maxSize = maxSize
+        self._size = 0
         self._links = ""
         self._linked = False
         # Access time is nobody's concern, but must be given with the other.
@@ -73,8 +81,10 @@ class TreeCopier:
             for the caller to delete. A builder can make more of them than fit into our memory.
         @param realPath: where it will be in the end: all its paths must be possible there.
         @raise nixserve.store.contents.PathTooLong: one is not.
+        @raise TooLarge: before more is copied than may be.
         @raise StoreError: a socket, FIFO or device; a file of somebody else; the operating system refuses.
         """
+        self._size = 0
         longer = len(os.fsencode(realPath)) - len(os.fsencode(target))
         try:
             origin = Walk(source)
@@ -160,6 +170,9 @@ class TreeCopier:
             if not stat.S_ISREG(status.st_mode):
                 raise unsupported(origin.path(name))
             self._requireOwner(status, origin, name)
+            self._size += status.st_size
+            if 0 < self._maxSize < self._size:
+                raise TooLarge(f"'{origin.path()}' has more than {self._maxSize} bytes")
             # Its other names may have been in an output that is copied and gone.
             if status.st_nlink > 1 or self._linked:
                 self._copyLinked(source, status, copy, title)

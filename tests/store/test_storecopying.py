@@ -9,7 +9,7 @@ import pytest
 
 from nixserve.errors import StoreError
 from nixserve.store import copying
-from nixserve.store.copying import TreeCopier
+from nixserve.store.copying import TooLarge, TreeCopier
 from nixserve.store.files import deletePath, dumpPath
 from tests.vectors.nar import trees
 from tests.vectors.nar.trees import TREES, File, Link
@@ -177,6 +177,22 @@ def test_manyHardLinks(place):
         tracemalloc.stop()
     assert peak < 500_000
     assert os.stat(f"{place}/y/two/g7").st_ino == os.stat(walk.replace("/x/", "/y/") + "/f7").st_ino
+
+
+@pytest.mark.parametrize("case", ["sparse", "many", "links"])
+def test_tooLarge(place, case):
+    """What has more bytes than it may is not copied first: holes count, and hard links, since a NAR has them."""
+    write(place, {b"a": File(b"x" * 400), b"b": File(b"y" * 400), b"c": File(b"z" * 400 if case == "many" else b"")})
+    if case == "sparse":
+        os.truncate(f"{place}/x/c", 1 << 40)
+    if case == "links":
+        os.link(f"{place}/x/b", f"{place}/x/d")
+    TreeCopier(None, proceed, 2 << 40).copy(f"{place}/x", f"{place}/y", f"{place}/y")
+    deletePath(f"{place}/y")
+    deletePath(f"{place}/links")
+    with pytest.raises(TooLarge, match="x' has more than 1000 bytes"):
+        TreeCopier(None, proceed, 1000).copy(f"{place}/x", f"{place}/y", f"{place}/y")
+    assert sum(os.stat(f"{place}/y/{name}").st_size for name in os.listdir(f"{place}/y")) <= 1000
 
 
 def test_asManyNamesAsPossible(place, monkeypatch):
