@@ -298,6 +298,8 @@ class ServeService(Service):
         builder = LocalBuilder(store, settings.builds)
         builds = Builds(store, builder, workers, self._reactor, settings.maxJobs, settings.extraJobs)
         builds.start()
+        removing = workers.call(builder.removeAbandoned)
+        removing.addErrback(lambda failure: self.log.failure("removing what killed builds have left", failure))
         return builds
 
     def _abandon(self) -> None:

@@ -127,6 +127,7 @@ class Execution:
             workspace.remove(keep)
             with contextlib.suppress(StoreError):
                 self._removeScratch()
+                self._removeHalfMade()
         if keep:
             workspace.keep()
             log(f"note: keeping build directory '{workspace.inner}'\n".encode(errors="surrogateescape"))
@@ -270,6 +271,17 @@ class Execution:
             for place in self._build.places.values():
                 if place.scratch != place.known:
                     deletePath(place.realPath)
+
+    def _removeHalfMade(self) -> None:
+        """
+        Delete the outputs of a build that failed. Nix leaves that to a collector, but its own fails for good at trees
+        that are deeper than it can delete. In a sandbox they go with its root.
+        """
+        if self._build.sandboxed:
+            return
+        for place in self._build.places.values():
+            if place.known is not None and not self._store.validPaths.isAnyValid([place.known]):
+                deletePath(self._store.layout.realPath(place.known))
 
     # What is said of a builder that did not succeed.
 

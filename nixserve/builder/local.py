@@ -13,6 +13,7 @@ What goes wrong with a build is a L{BuildResult}, never an exception.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -33,6 +34,7 @@ from nixserve.codec.serve import BuildOptions
 from nixserve.codec.storepath import StorePath, checkName, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
+from nixserve.store.files import deletePath
 from nixserve.store.local import LocalSession, LocalStore
 from nixserve.store.pathlocks import LOCK_SUFFIX, PathLocks
 
@@ -87,6 +89,26 @@ class LocalBuilder:
             raise
         except (BuildError, FormatError, StoreError) as error:
             return failed(error)
+
+    def removeAbandoned(self) -> None:
+        """
+        Remove from the store directory what builds worked in whose process was killed. Real Nix's collector would try,
+        and fail there for good: a builder may make trees deeper than it can delete. Blocks for as long as deleting
+        takes. What cannot be deleted stays.
+
+        @raise OSError: the store directory cannot be read.
+        """
+        layout = self._store.layout
+        for name in os.listdir(layout.realStoreDir):
+            if not name.endswith(f"-{_WORK_NAME}"):
+                continue
+            # The lock is that of a build that runs, or it is valid, which it may be called, or a collector is at work.
+            with contextlib.suppress(Busy, StoreError, FormatError), contextlib.closing(self._store.openSession()) as s:
+                locks = s.lockScratch([layout.storeDir.parse(f"{layout.storeDir.path}/{name}")])
+                try:
+                    deletePath(f"{layout.realStoreDir}/{name}")
+                finally:
+                    locks.unlock()
 
     def _prepare(
         self,

@@ -208,6 +208,50 @@ def test_manyOutputs(building):
     assert leftovers(building.store) == []
 
 
+def deepTree(directory):
+    """A tree that real Nix cannot delete, since its paths are too long."""
+    before = os.getcwd()
+    os.makedirs(directory)
+    try:
+        os.chdir(directory)
+        for _ in range(30):
+            os.mkdir(200 * "d")
+            os.chdir(200 * "d")
+    finally:
+        os.chdir(before)
+
+
+def test_abandoned(diverted):
+    """
+    What a build worked in whose process was killed is removed when the next one begins to serve; not what a running one
+    works in, nor an object that is called so.
+    """
+    builder = LocalBuilder(diverted)
+    store, real = diverted.storeDir.path, diverted.layout.realStoreDir
+    valid = add(diverted, "nixserve-build")
+    left, used = (32 * digit + "-nixserve-build" for digit in "ab")
+    for name in (left, used):
+        deepTree(f"{real}/{name}/root")
+    session = diverted.openSession()
+    locks = session.lockScratch([StorePath(f"{store}/{used}")])
+    builder.removeAbandoned()
+    assert leftovers(diverted) == [used, f"{used}.lock"]
+    assert os.path.exists(diverted.layout.realPath(valid))
+    locks.unlock()
+    session.close()
+    builder.removeAbandoned()
+    assert leftovers(diverted) == []
+    assert os.listdir(diverted.layout.tempRootsDir) == []
+
+
+def test_deepLeftover(building):
+    """A build that fails leaves nothing in the store directory that real Nix's collector would fail at."""
+    name = 200 * "d"
+    result = building.script(f"mkdir $out; cd $out; for i in 1 2 3 4 5 6; do mkdir {name}; cd {name}; done; exit 1")
+    assert result.status == BuildStatus.PERMANENT_FAILURE
+    assert leftovers(building.store) == [f"{building.drv.outputs['out'].path.baseName}.lock"]
+
+
 def test_longTimes(building):
     """Limits of time that nobody lives to see are like none."""
     building.log = b""
