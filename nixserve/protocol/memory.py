@@ -185,6 +185,31 @@ class Account:
         self.measure()
         return all(ledger.total + more <= ledger.limit // 2 for ledger in self.ledgers)
 
+    def takes(self, more: int) -> bool:
+        """
+        Hold C{more} bytes more, if it is plain that they are there: nobody waits, and half of everything is free.
+        Nothing is measured.
+
+        @return: whether it does.
+        """
+        for ledger in self.ledgers:
+            if ledger.line or ledger.total + more > ledger.limit // 2:
+                return False
+        self.grew(more)
+        return True
+
+    def gives(self, less: int) -> bool:
+        """
+        Hold C{less} bytes less, which it held but for a moment. Nothing is measured, and who waits for memory hears
+        nothing of it before the next look: those may be hundreds, and this happens a thousand times a second.
+
+        @return: whether it does; not if others wait for its place in a line.
+        """
+        if self in self.ledgers[0].line:
+            return False
+        self.grew(-less)
+        return True
+
     def wait(self, more: int) -> Deferred[None] | None:
         """
         Ask for room.

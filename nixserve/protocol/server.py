@@ -94,6 +94,9 @@ INFOS_AT_ONCE = 256
 MAX_UNREAD = 256 * 1024
 """Bytes of later requests that are kept while one is being answered; then the peer is paused."""
 
+SMALL_REPLY = 4 * 1024
+"""Bytes of replies that may wait for the peer without being counted at once."""
+
 FIRST_WINDOW = 128 * 1024
 """Bytes that a peer may send while its session is paused, at first: held by us, times the number of sessions."""
 
@@ -178,6 +181,8 @@ class ServeServer(Protocol):
         self._door = Door(workers, self._tellWait)
         self._memory = memory or Memory(clock)
         self._window = self._received = self._working = 0
+        # Does the request that is worked off, or its reply, take memory that others may wait for?
+        self._large = False
         # A reply that is complete and not sent.
         self._pieces: deque[bytes] = deque()
         self._stall = StallTimer(clock, stallSeconds, self._stalled, lambda: self.transport.sent)
@@ -348,8 +353,11 @@ class ServeServer(Protocol):
         if self._gathers(request):
             await perform(request)
             return
-        await self._settle()
-        await self._beginWork(self._workMemory(request))
+        if self._small or self._dumps:
+            await self._settle()
+        size = self._workMemory(request)
+        if not self._beginsAtOnce(size):
+            await self._beginWork(size)
         await perform(request)
         await self._endWork()
 
@@ -362,6 +370,14 @@ class ServeServer(Protocol):
             return max(WORK_MEMORY, min(ANSWER_MEMORY, self._account.share // 3))
         return WORK_MEMORY
 
+    def _beginsAtOnce(self, size: int) -> bool:
+        """Small requests, of which there may be thousands a second, need no look at what everybody holds."""
+        self._large = self._connection.requestSize > MAX_SMALL_REQUEST
+        if self._large or not self._account.takes(size):
+            return False
+        self._working = size
+        return True
+
     async def _beginWork(self, size: int) -> None:
         """Wait until there is memory for what a request needs."""
         await self._room(size)
@@ -370,10 +386,12 @@ class ServeServer(Protocol):
 
     async def _endWork(self) -> None:
         """It is replied to. The next one comes when the peer has read enough of that."""
-        if self.transport.unsent > MAX_UNSENT:
+        unsent = self.transport.unsent
+        if unsent > MAX_UNSENT:
             await self._wait(drained(self.transport))
-        self._working = 0
-        self._account.requestEnds()
+        working, self._working = self._working, 0
+        if self._large or unsent > SMALL_REPLY or not self._account.gives(working):
+            self._account.requestEnds()
 
     def _gathers(self, request: Any) -> bool:
         """Is this request one more of those that are postponed?"""
@@ -600,11 +618,12 @@ class ServeServer(Protocol):
         if len(self._pieces) > 1 or self._working > WORK_MEMORY:
             # Now it is known how much that is: what was set aside for more is free, even if nobody reads this.
             self._working = WORK_MEMORY
+            self._large = self._large or len(self._pieces) > 1
             self._account.shrank()
         while self._pieces:
             self.transport.write(self._pieces.popleft())
-            self._stall.touch()
             if self.transport.unsent > MAX_UNSENT:
+                self._stall.touch()
                 await self._wait(drained(self.transport))
         self._connection.endStream()
 

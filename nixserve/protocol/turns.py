@@ -89,7 +89,7 @@ class _Line:
         """See L{IWorkers}."""
         before = self.mayBegin
         result: Deferred[Any] = Deferred()
-        self._waiting.append((partial(function, *args, **kwargs), result))
+        self._waiting.append((partial(function, *args, **kwargs) if args or kwargs else function, result))
         if self.mayBegin and not before:
             self._turns.join(self)
         return result

@@ -396,3 +396,30 @@ def test_crowdOfLargeAnswers():
         crowd.workers.drain()
     assert len([transport for _, transport in crowd.all if transport.unread > 1000]) >= len(answered)
     crowd.end()
+
+
+def test_smallRequestsAmongThoseWhoWait():
+    """However many half requests wait for memory, a small request of another key does not go through all of them."""
+    crowd = Crowd(MemoryStore(), untrustedMemory=16 * MIB)
+    half = (2).to_bytes(8, "little") + (900_000).to_bytes(8, "little") + b"".join(wire(each) for each in PATHS[:1500])
+    for _ in range(15):
+        crowd.session("attacker")[0].dataReceived(half)
+    crowd.workers.drain()
+    waiting = [server for server, transport in crowd.all if transport.paused]
+    assert len(waiting) >= 10
+    victim, transport = crowd.session("victim")
+    crowd.workers.drain()
+    looks = []
+    for server in waiting:
+        account = server._account
+        account.mayGoOn = lambda account=account: looks.append(account)
+    for _ in range(100):
+        victim.dataReceived(wire(1, 0, 0, [LIB.path]))
+        crowd.workers.drain()
+    assert transport.written.endswith(wire([]))
+    assert looks == []
+    crowd.workers.reactor.advance(1)
+    assert len(looks) >= len(waiting)
+    for server in waiting:
+        del server._account.mayGoOn
+    crowd.end()
