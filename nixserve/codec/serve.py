@@ -624,7 +624,8 @@ def _parseRealisation(key: str, text: str, storeDir: StoreDir) -> tuple[str, Rea
         baseName = value["outPath"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise FormatError("a built output is not described as it should be", found=repr(text[:200])) from None
-    if not mark or not isinstance(baseName, str):
+    # JSON can also spell surrogates that stand for no byte, so that no error with them could be passed on.
+    if not mark or not isinstance(baseName, str) or not baseName.isascii():
         raise FormatError("a built output is not described as it should be", found=repr(key[:200]))
     return name, Realisation(storeDir.parseBaseName(baseName), drvHash)
 

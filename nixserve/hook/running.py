@@ -433,5 +433,6 @@ def _reasonOf(error: NixServeError) -> str:
         if error.about.startswith("building"):
             # It may be the log.
             said = ""
-        text = f"{error.name}: the session was lost: {said or error.why}"
+        why = error.why if error.decidedHere else said or error.why
+        text = f"{error.name}: the session was lost: {why}"
     return oneLine(text.encode("utf-8", "surrogateescape"))

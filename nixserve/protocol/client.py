@@ -413,7 +413,7 @@ class ServeClient(Protocol):
             self._cut("a request that was under way has been cancelled")
 
     def _cut(self, why: str) -> None:
-        self._fail(why)
+        self._fail(why, decidedHere=True)
         self.transport.abortConnection()
 
     # --- the transport ------------------------------------------------------------------------------------
@@ -477,15 +477,14 @@ class ServeClient(Protocol):
                     case Reply(_, value):
                         self._awaited.popleft().reply.callback(value)
         except NixServeError as e:
-            self._fail(f"{e}: {gone}" if gone else str(e))
+            self._fail(f"{e}: {gone}" if gone else str(e), decidedHere=not gone)
             self.transport.abortConnection()
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, decidedHere: bool = False) -> None:
         if self._failure is None:
             first = self._awaited[0] if self._awaited else None
-            self._failure = RemoteFailure(
-                self.name, first.about if first else "", why, _lastLines(self._errorText), first.path if first else None
-            )
+            about, path = (first.about, first.path) if first else ("", None)
+            self._failure = RemoteFailure(self.name, about, why, _lastLines(self._errorText), path, decidedHere)
         failure = self._failure
         awaited, self._awaited = [*self._awaited, *self._unsent], deque()
         self._unsent.clear()
@@ -509,20 +508,26 @@ class RemoteFailure(RemoteError):
     @ivar why: how that was noticed here.
     @ivar said: the last lines of its standard error, or empty.
     @ivar path: what was being transferred or built, if it is known.
+    @ivar decidedHere: this side has ended the session, because of what came: whatever the remote has said, the reason
+        is C{why}.
     """
 
-    def __init__(self, name: str, about: str, why: str, said: str, path: StorePath | None) -> None:
+    def __init__(
+        self, name: str, about: str, why: str, said: str, path: StorePath | None, decidedHere: bool = False
+    ) -> None:
         self.name = name
         self.about = about
         self.why = why
         self.said = said
         self.path = path
-        super().__init__(name, about, why, said, path)
+        self.decidedHere = decidedHere
+        super().__init__(name, about, why, said, path, decidedHere)
 
     def __str__(self) -> str:
         reason = f"the remote said: {self.said}" if self.said else self.why
-        if self.said and self.about.startswith("building") and "error:" not in self.said:
-            # The log of the build: no reason.
+        isLog = self.about.startswith("building") and "error:" not in self.said
+        if self.said and (self.decidedHere or isLog):
+            # It may be anything, such as the log of the build: no reason.
             reason = f"{self.why}; {reason}"
         return ": ".join(filter(None, (self.name, self.about, reason)))
 

@@ -22,12 +22,13 @@ from nixserve.codec.serve import (
 )
 from nixserve.codec.wire import MAX_REPLY_SIZE, MAX_SET_SIZE, Reader
 from nixserve.errors import RemoteError
+from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import copyClosure
 from nixserve.store.memory import MemoryStore
 from nixserve.testing import Joined, addObject, makeInfo, makeNar
-from tests.protocol.fakes import fired, result
+from tests.protocol.fakes import RecordingTransport, fired, result
 from tests.protocol.test_clientrequests import alone
-from tests.vectors.serve.messages import DERIVATION, LIB, ONES_DRV, ZEROS, nar, path, wire
+from tests.vectors.serve.messages import DERIVATION, LIB, ONES_DRV, SERVER_MAGIC, STORE_DIR, ZEROS, nar, path, wire
 
 PIECE = 256 * 1024
 ONES = path("ones")
@@ -129,6 +130,18 @@ def test_outputsNobodyAskedFor():
     refused(build, [begin, wire(1, "out", ZEROS, MAX_SET_SIZE)], f"the limit is {MAX_SIGNATURES}")
 
 
+def test_outputsThatAreNoText():
+    """What JSON can spell and nobody can pass on is no name of an output's path."""
+    client, transport = ServeClient(STORE_DIR), RecordingTransport()
+    client.makeConnection(transport)
+    client.dataReceived(SERVER_MAGIC + wire(0x207))
+    built = build(client)
+    client.dataReceived(wire(0, "", 0, 0, 0, 0, 1, "sha256:x!out", '{"outPath":"\\ud800x"}'))
+    with pytest.raises(RemoteError, match="a built output is not described as it should be") as caught:
+        result(built)
+    assert transport.aborted and str(caught.value).encode()
+
+
 def test_longErrors():
     """Of the text of a failure its beginning is kept."""
     client, _ = alone()
@@ -152,6 +165,17 @@ def test_repliesThatNobodyAskedFor():
     assert transport.aborted
     with pytest.raises(RemoteError, match="a reply that nobody asked for"):
         result(client.queryValidPaths([]))
+
+
+def test_whatTheRemoteSaysHidesNothing():
+    """Why this side has ended a session is told, whatever the remote has said before."""
+    client, _ = alone(name="ssh://evil")
+    asked = client.queryValidPaths([ZEROS])
+    client.errorReceived(b"done\n")
+    client.dataReceived(wire([ONES]))
+    with pytest.raises(RemoteError) as caught:
+        result(asked)
+    assert f"that '{ONES}' is valid, which it was not asked about; the remote said: done" in str(caught.value)
 
 
 def test_manyInfosAreAskedForInParts():
