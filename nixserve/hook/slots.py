@@ -149,7 +149,8 @@ class Slots:
     def _open(self, name: str) -> int:
         path = f"{self._directory}/{name}"
         with fileSystemErrors(f"cannot open the lock file '{path}'"):
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # Where the directory is open to others, a link of theirs would have us make files, and lock some, anywhere.
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _lock(fd: int, wait: bool) -> bool:

@@ -158,6 +158,17 @@ def test_refused(tmp_path):
         Slots(str(tmp_path)).take([machine()])
 
 
+@pytest.mark.parametrize("name", ["main-lock", "ssh:__h1-0"])
+def test_links(slots, directory, tmp_path, name):
+    """A link that somebody has put in the place of a lock file is not followed: nothing is made or locked elsewhere."""
+    with slots.take([machine()]):
+        os.unlink(directory / name)
+    os.symlink(tmp_path / "elsewhere", directory / name)
+    with pytest.raises(StoreError, match="cannot open the lock file"):
+        slots.take([machine()])
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_otherProcess(slots, tmp_path):
     """Slots are counted over processes; those of one that is killed are free."""
     made = machines("h - - 2")
