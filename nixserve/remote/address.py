@@ -159,8 +159,8 @@ class RemoteAddress:
 
 
 def _withoutPassword(authority: str) -> str:
-    """For messages: they end in logs."""
-    return re.sub(r"^([^@/]*?):[^@/]*@", r"\1:…@", authority)
+    """For messages: they end in logs. What is before the last C{@} may be meant as one, whatever is in it."""
+    return re.sub(r"^([^@:/]*):.*@", r"\1:…@", authority, flags=re.DOTALL)
 
 
 def _parseAuthority(shown: str, authority: str) -> dict[str, Any]:
