@@ -44,6 +44,10 @@ MAX_CONTROL_PATH = 107 - 17
 ANSWER_SECONDS = 3.0
 """How long a master may take to say that it is there, or that it ends. One that hangs is as good as dead."""
 
+MAX_SAID = 16 * 1024
+"""Bytes of what ssh says that are kept, the last ones. A host that nobody has logged in to yet can have it say banners
+without end (RFC 4252, section 5.4)."""
+
 _ALIVE = ("-oServerAliveInterval=5", "-oServerAliveCountMax=9")
 """A master whose network has gone ends within a minute, and with it whatever waits for it. And it wakes up every few
 seconds: when an ssh that uses it is killed before whoever holds the ends of its pipes, a master (OpenSSH 9.2) notes the
@@ -238,7 +242,7 @@ class _Run(Protocol):
 
     @ivar ended: fires when it has.
     @ivar status: its exit status; as a shell has it if a signal has killed it.
-    @ivar errors: what it has said.
+    @ivar errors: the end of what it has said.
     """
 
     transport: ProcessTransport
@@ -258,7 +262,7 @@ class _Run(Protocol):
 
     def errorReceived(self, data: bytes) -> None:
         """See L{IErrorReceiver}."""
-        self.errors += data
+        self.errors = (self.errors + data)[-MAX_SAID:]
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """It has ended."""

@@ -151,6 +151,27 @@ async def test_master(tmp_path):
 
 
 @pytest_twisted.ensureDeferred
+async def test_longBanners(tmp_path, monkeypatch):
+    """Of what a host has ssh say while nobody is logged in, the end is kept."""
+    fake, kept = FakeSSH(tmp_path), []
+    program = tmp_path / "bin/ssh"
+    banners = """sys.stderr.write("x" * 1_000_000 + " Permission denied"); sys.exit(255)"""
+    program.write_text(
+        program.read_text().replace('if "-f" in sys.argv: sys.exit(0)', f'if "-f" in sys.argv: {banners}')
+    )
+    received = masterModule._Run.errorReceived
+
+    def errorReceived(run, data):
+        received(run, data)
+        kept.append(len(run.errors))
+
+    monkeypatch.setattr(masterModule._Run, "errorReceived", errorReceived)
+    with pytest.raises(CannotConnect, match="refused all keys"):
+        await SSHMaster(reactor, RemoteAddress.parse("ssh://host"), fake.environ, str(tmp_path / "d")).start()
+    assert 0 < max(kept) <= masterModule.MAX_SAID
+
+
+@pytest_twisted.ensureDeferred
 async def test_masterThatRuns(tmp_path):
     """One that answers is not started again."""
     fake = FakeSSH(tmp_path, check=0)
