@@ -218,6 +218,20 @@ class TestDump:
         trees.write(TREES[name], os.fsencode(place) + b"/x")
         assert hashPath(place + "/x") == (hashBytes("sha256", trees.nar(name)), len(trees.nar(name)))
 
+    def test_sortingLargeDirectories(self, monkeypatch):
+        """The entries of large directories are sorted piece by piece: nothing else runs while a list is sorted."""
+        sizes = []
+
+        def sortedPiece(piece):
+            sizes.append(len(piece))
+            return sorted(piece)
+
+        monkeypatch.setattr(files, "sorted", sortedPiece, raising=False)
+        entries = [(b"%x" % (number * 7919 % 1_000_003), stat.S_IFREG) for number in range(25_000)]
+        assert files._sorted(entries[:]) == sorted(entries)
+        assert sum(sizes) == 25_000 and max(sizes) <= 10_000
+        assert files._sorted(entries[:100]) == sorted(entries[:100])
+
 
 class TestRestore:
     """PathRestorer and restorePath"""
