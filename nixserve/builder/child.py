@@ -260,17 +260,17 @@ class _Network:
         finally:
             os._exit(1)
 
-    def connect(self, pid: int, control: int) -> bool:
+    def connect(self, pid: int, control: int) -> bool | None:
         """
         Connect the namespace of a process. Blocks until that has been done, or somebody has something on C{control}.
 
-        @return: whether it has been done.
+        @return: whether it has been done; C{None} if somebody has something on C{control} before that is known.
         """
         os.write(self._tell, str(pid).encode())
         poll = select.poll()
         for fd in (self._ready, control):
             poll.register(fd, select.POLLIN)
-        return self._ready in [fd for fd, _ in poll.poll()] and bool(os.read(self._ready, 1))
+        return bool(os.read(self._ready, 1)) if self._ready in [fd for fd, _ in poll.poll()] else None
 
     def end(self) -> None:
         """Kill and reap it."""
@@ -293,7 +293,10 @@ def _watch(job: Job, pid: int, network: _Network | None, askToMap: int, isMapped
             if fd == askToMap:
                 request = os.read(askToMap, 1)
                 if request == _WANTS_NETWORK and network is not None:
-                    os.write(isMapped, b"x" if network.connect(pid, control) else b"-")
+                    connected = network.connect(pid, control)
+                    # A builder that is to be killed is told nothing: it would report a failure before that.
+                    if connected is not None:
+                        os.write(isMapped, b"x" if connected else b"-")
                     continue
                 poll.unregister(askToMap)
                 if request:
