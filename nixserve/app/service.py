@@ -30,7 +30,7 @@ from twisted.python.failure import Failure
 from nixserve import __version__
 from nixserve.app.ownsocket import OwnSocket
 from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, parseStore, readConfig
-from nixserve.builder.local import LocalBuilder, SandboxMode
+from nixserve.builder.local import LocalBuilder, SandboxMode, removeAbandoned
 from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.builder.sandbox import sandboxProblem
 from nixserve.errors import FormatError, NixServeError, UsageError
@@ -271,6 +271,8 @@ class ServeService(Service):
         workers = self._workers = Workers(self._reactor, self._threads)
         workers.start()
         self._builds = self._startBuilds(store, workers)
+        removing = workers.call(removeAbandoned, store)
+        removing.addErrback(lambda failure: self.log.failure("removing what killed builds have left", failure))
         return self._builds
 
     def _openRemote(self, address: RemoteAddress) -> IBuilds | None:
@@ -298,8 +300,6 @@ class ServeService(Service):
         builder = LocalBuilder(store, settings.builds)
         builds = Builds(store, builder, workers, self._reactor, settings.maxJobs, settings.extraJobs)
         builds.start()
-        removing = workers.call(builder.removeAbandoned)
-        removing.addErrback(lambda failure: self.log.failure("removing what killed builds have left", failure))
         return builds
 
     def _abandon(self) -> None:

@@ -38,7 +38,7 @@ from nixserve.store.files import deletePath
 from nixserve.store.local import LocalSession, LocalStore
 from nixserve.store.pathlocks import LOCK_SUFFIX, PathLocks
 
-__all__ = ["BuildSettings", "LocalBuilder", "PreparedBuild", "SandboxMode"]
+__all__ = ["BuildSettings", "LocalBuilder", "PreparedBuild", "SandboxMode", "removeAbandoned"]
 
 #: Of a directory that must not exist, because C{HOME} names it.
 _HOMELESS: Final = "/homeless-shelter"
@@ -89,26 +89,6 @@ class LocalBuilder:
             raise
         except (BuildError, FormatError, StoreError) as error:
             return failed(error)
-
-    def removeAbandoned(self) -> None:
-        """
-        Remove from the store directory what builds worked in whose process was killed. Real Nix's collector would try,
-        and fail there for good: a builder may make trees deeper than it can delete. Blocks for as long as deleting
-        takes. What cannot be deleted stays.
-
-        @raise OSError: the store directory cannot be read.
-        """
-        layout = self._store.layout
-        for name in os.listdir(layout.realStoreDir):
-            if not name.endswith(f"-{_WORK_NAME}"):
-                continue
-            # The lock is that of a build that runs, or it is valid, which it may be called, or a collector is at work.
-            with contextlib.suppress(Busy, StoreError, FormatError), contextlib.closing(self._store.openSession()) as s:
-                locks = s.lockScratch([layout.storeDir.parse(f"{layout.storeDir.path}/{name}")])
-                try:
-                    deletePath(f"{layout.realStoreDir}/{name}")
-                finally:
-                    locks.unlock()
 
     def _prepare(
         self,
@@ -314,6 +294,27 @@ class PreparedBuild:
                 self._locks.unlock()
             self.abandon()
         return result
+
+
+def removeAbandoned(store: LocalStore) -> None:
+    """
+    Remove from the store directory what builds worked in whose process was killed. Real Nix's collector would try, and
+    fail there for good: a builder may make trees deeper than it can delete. Blocks for as long as deleting takes. What
+    cannot be deleted stays.
+
+    @raise OSError: the store directory cannot be read.
+    """
+    layout = store.layout
+    for name in os.listdir(layout.realStoreDir):
+        if not name.endswith(f"-{_WORK_NAME}"):
+            continue
+        # The lock is that of a build that runs, or it is valid, which it may be called, or a collector is at work.
+        with contextlib.suppress(Busy, StoreError, FormatError), contextlib.closing(store.openSession()) as session:
+            locks = session.lockScratch([layout.storeDir.parse(f"{layout.storeDir.path}/{name}")])
+            try:
+                deletePath(f"{layout.realStoreDir}/{name}")
+            finally:
+                locks.unlock()
 
 
 def _miscFailure(message: str) -> BuildError:

@@ -199,3 +199,17 @@ class TestService:
         (log,) = (running.state / "store/nix/var/log/nix/drvs").glob("*/*.bz2")
         assert bz2.decompress(log.read_bytes()).count(b"\n") == 400_000
         assert shown.startswith(b"1\n2\n") and shown.count(b"\n") <= 400_000
+
+
+def test_killedService(box, service):
+    """What a build worked in whose service was killed is removed when the next one starts."""
+    running = service()
+    relay = Relay(box, running)
+    relay.send(Sleeper("killed").request)
+    assert relay.process.stderr.readline() == b"sleeping\n"
+    storeDir = running.state / "store/nix/store"
+    assert list(storeDir.glob("*-nixserve-build"))
+    running.stop(signal.SIGKILL)
+    assert list(storeDir.glob("*-nixserve-build"))
+    service()
+    waitUntil(lambda: not list(storeDir.glob("*-nixserve-build")))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from nixserve.builder import execution, openfiles
-from nixserve.builder.local import BuildSettings, LocalBuilder, SandboxMode
+from nixserve.builder.local import BuildSettings, LocalBuilder, SandboxMode, removeAbandoned
 from nixserve.builder.process import CancelToken
 from nixserve.builder.sandbox import SandboxPath, findShell, sandboxProblem
 from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus
@@ -226,7 +226,6 @@ def test_abandoned(diverted):
     What a build worked in whose process was killed is removed when the next one begins to serve; not what a running one
     works in, nor an object that is called so.
     """
-    builder = LocalBuilder(diverted)
     store, real = diverted.storeDir.path, diverted.layout.realStoreDir
     valid = add(diverted, "nixserve-build")
     left, used = (32 * digit + "-nixserve-build" for digit in "ab")
@@ -234,12 +233,12 @@ def test_abandoned(diverted):
         deepTree(f"{real}/{name}/root")
     session = diverted.openSession()
     locks = session.lockScratch([StorePath(f"{store}/{used}")])
-    builder.removeAbandoned()
+    removeAbandoned(diverted)
     assert leftovers(diverted) == [used, f"{used}.lock"]
     assert os.path.exists(diverted.layout.realPath(valid))
     locks.unlock()
     session.close()
-    builder.removeAbandoned()
+    removeAbandoned(diverted)
     assert leftovers(diverted) == []
     assert os.listdir(diverted.layout.tempRootsDir) == []
 
@@ -1144,7 +1143,7 @@ def test_fetchurlStaysInTheSandbox(confined):
 AS_NOBODY = """
 import os, sys, tempfile
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-from nixserve.builder.local import BuildSettings, LocalBuilder, SandboxMode
+from nixserve.builder.local import BuildSettings, LocalBuilder, SandboxMode, removeAbandoned
 from nixserve.builder.process import CancelToken
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
 from nixserve.codec.serve import BuildOptions
