@@ -473,6 +473,10 @@ class ServeServer(Protocol):
         if len(request.paths) <= INFOS_AT_ONCE:
             await self._answer(request.paths, partial(self._pathInfos, request.paths))
             return
+        if len(request.paths) <= INFOS_AT_ONCE:
+            # One part: a stream of it would cost as much as the answer.
+            await self._answer(request.paths, lambda: self._pathInfos(request.paths))
+            return
         encode = self._connection.startReply()
         outflow = self._outflow(request.paths, lambda: encode(self._pathInfos(request.paths)))
         await self._wait(outflow.start())
@@ -615,10 +619,11 @@ class ServeServer(Protocol):
         """Reply with what a query says about paths that become roots. It is encoded where it is made, in a worker."""
         encode = self._connection.startReply()
         self._pieces = await self._call(self._rooted, paths, lambda: deque(encode(query())))
-        if len(self._pieces) > 1 or self._working > WORK_MEMORY:
+        many = len(self._pieces) > 2
+        if many or self._working > WORK_MEMORY:
             # Now it is known how much that is: what was set aside for more is free, even if nobody reads this.
             self._working = WORK_MEMORY
-            self._large = self._large or len(self._pieces) > 1
+            self._large = self._large or many
             self._account.shrank()
         while self._pieces:
             self.transport.write(self._pieces.popleft())
