@@ -37,7 +37,7 @@ from nixserve.codec.serve import BuildOptions, BuildPathsResult
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError
 from nixserve.protocol.buildlog import BuildLog, Listener
-from nixserve.protocol.interfaces import IBuilds, IWorkers
+from nixserve.protocol.interfaces import IBuilds, ISharedWorkers
 from nixserve.protocol.logbudget import KEY, LogBudget
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.workers import Door, whenFired
@@ -51,6 +51,8 @@ T = TypeVar("T")
 EXTRA_SECONDS = 60.0
 """How long a client waits, all of whose builds wait, before one of them may be such a build."""
 
+_WORKERS_AT_ONCE = 2
+"""Threads in which the builds of one client may be prepared, or freed, at once."""
 
 _log = Logger()
 
@@ -160,7 +162,7 @@ class Builds:
         self,
         store: LocalStore,
         builder: LocalBuilder,
-        workers: IWorkers,
+        workers: ISharedWorkers,
         reactor: Any,
         maxJobs: int,
         extraJobs: int = EXTRA_JOBS,
@@ -280,7 +282,9 @@ class Builds:
     async def _perform(self, build: _Build) -> BuildResult:
         """Everything between the wish and the result."""
         storeDir = self._store.storeDir.path
-        door = Door(self._workers, lambda what: build.tell(f"waiting for {hidePaths(what, storeDir)}..."))
+        # Beside the sessions of its client, not before them; and not behind the builds of others.
+        workers = self._workers.of(f"builds for {build.client.name}", _WORKERS_AT_ONCE)
+        door = Door(workers, lambda what: build.tell(f"waiting for {hidePaths(what, storeDir)}..."))
         try:
             result = await self._ready(build, door)
             if result is None:

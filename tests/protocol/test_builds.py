@@ -13,8 +13,10 @@ from nixserve.codec.serve import BuildOptions
 from nixserve.errors import StoreError
 from nixserve.protocol.buildlog import MAX_KEPT_LOG, MAX_PENDING_LOG, BuildLog
 from nixserve.protocol.builds import EXTRA_SECONDS
+from nixserve.protocol.turns import Turns
 from nixserve.store.api import Busy
 from tests.protocol.buildfakes import Reactor, World, built, outputOf, pathOf
+from tests.protocol.fakes import ManualWorkers
 
 
 @pytest.fixture(autouse=True)
@@ -738,3 +740,35 @@ def test_ourPathsAreNotTold(how, logged):
     said = f"cannot rename '/nix/store/{name}' in '[a path of the server]': No space left on device"
     assert client.results["x"] == BuildResult(BuildStatus.MISC_FAILURE, said)
     assert any("/secret/y" in str(event.get("error")) for event in logged)
+
+
+class TurningWorkers(ManualWorkers):
+    """One thread, for which clients take turns."""
+
+    def __init__(self):
+        super().__init__()
+        self._turns = Turns(self.reactor, self.call, 1)
+
+    def of(self, client, atOnce):
+        """See L{ISharedWorkers}."""
+        return self._turns.of(client, atOnce)
+
+
+def test_preparingTakesTurns():
+    """A client with many builds keeps no other waiting until they are prepared."""
+    workers = TurningWorkers()
+    world = World(workers=workers)
+    prepared = []
+    prepare = world.builder.prepare
+
+    def recorded(session, drvPath, *args):
+        prepared.append(drvPath.name.removesuffix(".drv"))
+        return prepare(session, drvPath, *args)
+
+    world.builder.prepare = recorded
+    world.client("attacker").build(*(f"a{n}" for n in range(20)))
+    world.client("victim").build("v")
+    while workers.waiting and "v" not in prepared:
+        workers.run()()
+    assert len(prepared) <= 3
+    world.settle(builds=True).clean()
