@@ -19,6 +19,9 @@ __all__ = ["KEEPALIVE_LIMIT", "KEEPALIVE_SECONDS", "PacedConnection"]
 KEEPALIVE_SECONDS = 30.0
 KEEPALIVE_LIMIT = 3
 
+# Some milliseconds. A peer says how large its packets may be: of one byte, TCP takes thousands in a row.
+_PACKETS_AT_ONCE = 128
+
 _MSG_CHANNEL_DATA = 94
 _MSG_CHANNEL_EXTENDED_DATA = 95
 _OUT_HEAD = struct.Struct(">BLL")
@@ -75,13 +78,17 @@ class PacedConnection(SSHConnection):
         self.pump()
 
     def pump(self) -> None:
-        """Send a packet of each channel in turn while TCP and the key exchange allow."""
-        while self._ready and self.transport.canSend:
+        """Send a packet of each channel in turn while TCP and the key exchange allow; then the reactor has its turn."""
+        for _ in range(_PACKETS_AT_ONCE):
+            if not (self._ready and self.transport.canSend):
+                return
             channel = self._ready.popleft()
             if channel.sendOne():
                 self._ready.append(channel)
             else:
                 channel.queued = False
+        if self._ready and self._pumping is None:
+            self._pumping = self.transport.clock.callLater(0, self._pumpNow)
 
     def sendPiece(self, channel: PacedChannel, isError: bool, data: bytes | memoryview) -> None:
         """Send one packet of a channel's standard output or error."""

@@ -552,3 +552,16 @@ def test_keepaliveIsAnsweredByAnything():
         harness.transport.heard = True
     assert not harness.transport.aborted
     harness.connection.serviceStopped()
+
+
+def test_tinyPacketsTakeTurns():
+    """A peer whose packets hold one byte has them sent in many turns of the reactor, and gets all of them."""
+    harness = Harness()
+    harness.channel.remoteMaxPacket = 1
+    text = bytes(range(250)) * 4
+    harness.channel.write(text)
+    # A turn of the clock is all that is due until nothing is.
+    harness.connection.pump()
+    assert 0 < len(harness.transport.data) < 200
+    harness.turn()
+    assert harness.out() == text
