@@ -234,7 +234,7 @@ def test_daemon(nix, farm, daemon):
     """A nix-daemon builds through the hook for its clients, who need no keys; and when they are gone, no more."""
     farm.endpoint("x86_64-linux - 2 1"), farm.stock("x86_64-linux - 2 1")
     command = farm.command(write(farm, "many.nix", MANY), hook="the daemon's")
-    done = nix.run(*command, *arguments(count=8), store=daemon)
+    done = nix.run(*command, *arguments(count=8, sleep="1.5"), store=daemon)
     assert len(done.stdout.split()) == 8
     assert all(len(builtHere(machine.root)) >= 2 for machine in farm.machines)
     client = nix.start(*command, *arguments(count=8, sleep="61.75"), store=daemon, stderr=-3)
@@ -301,14 +301,14 @@ def test_bothHooks(nix, farm):
 
     def watch():
         while not ending.wait(0.02):
-            most.append(len(sleeping("0.473")))
+            most.append(len(sleeping("1.973")))
 
     watching = threading.Thread(target=watch)
     watching.start()
     results = {}
 
     def build(hook):
-        results[hook] = farm.build(expression, *arguments(count=5, sleep="0.473", salt=hook), hook=hook)
+        results[hook] = farm.build(expression, *arguments(count=5, sleep="1.973", salt=hook), hook=hook)
 
     builds = [threading.Thread(target=build, args=(hook,)) for hook in ("real", "ours")]
     for thread in builds:
