@@ -9,6 +9,7 @@ has at most L{MAX_CHANNELS} sessions.
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, cast
@@ -42,6 +43,7 @@ from nixserve.ssh.command import ServeCommand, parseCommand
 from nixserve.ssh.connection import PacedConnection
 from nixserve.ssh.keys import AuthorizedKeysChecker, KeyCredentials, KnownKeyRefused
 from nixserve.ssh.keywatch import KeyWatch
+from nixserve.ssh.shares import Shares
 from nixserve.ssh.transport import MAX_PACKET, PUBLIC_KEY_ALGORITHMS, ConchLog, PacedTransport, addressText
 
 __all__ = [
@@ -82,6 +84,7 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
 
     @ivar source: see L{nixserve.ssh.admission.Newcomer}.
     @ivar host: see L{nixserve.ssh.keywatch.LoggedIn}.
+    @ivar share: see L{nixserve.ssh.shares.Worker}.
     """
 
     version = b"nixserve"
@@ -95,9 +98,12 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
 
     factory: ServeFactory
 
-    source = host = ""
+    source = host = share = ""
     _early = b""
     _earlyBytes = 0
+    # When the share of the key is used up, and whether that was before everything was worked off.
+    _until = math.inf
+    _isWaiting = _isFresh = False
 
     @property
     def peerAddress(self) -> IAddress:
@@ -127,6 +133,7 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
         """The client has logged in."""
         self.factory.admission.leave(self)
         self.factory.watch.add(self)
+        self.share = str(self.entry)
         if self.log.budget is not None:
             self.log.budget.above = self.factory.budgets.known(f"the key {self.entry}")
 
@@ -151,8 +158,11 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes from TCP. Until the client has logged in they wait for their turn, and the next ones in the kernel."""
+        if self._isWaiting:
+            self.buf += data
+            return
         if self not in self.factory.admission:
-            super().dataReceived(data)
+            self._work(data)
             return
         self._early += data
         self._earlyBytes += len(data)
@@ -166,7 +176,7 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
         if self not in self.factory.admission:
             # It has logged in, or is at its end.
             piece, self._early = self._early, b""
-            super().dataReceived(piece)
+            self._work(piece)
         elif self._earlyBytes > MAX_LOGIN_BYTES:
             self.factory.admission.leave(self)
             self.turnAway(f"more than {MAX_LOGIN_BYTES} bytes and no login")
@@ -174,13 +184,41 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
         elif self._early:
             self.factory.admission.wantTurn(self)
             return
-        self.transport.resumeProducing()
+        if not self._isWaiting:
+            self.transport.resumeProducing()
 
     def turnAway(self, reason: str) -> None:
         """See L{nixserve.ssh.admission.Newcomer}."""
         self._early = b""
         self.log.warn("{peer} is disconnected before its login: {reason}", peer=self.peerText, reason=reason)
         self.sendDisconnect(transport.DISCONNECT_NO_MORE_AUTH_METHODS_AVAILABLE, reason.encode("ascii"))
+
+    # After the login
+
+    def _work(self, data: bytes) -> None:
+        """Work off what has arrived, for as long as the share of the key lasts; the rest waits here."""
+        shares = self.factory.shares
+        begun = self.clock.seconds()
+        left = shares.left(self.share)
+        self._until, self._isFresh = begun + left, left > 0
+        super().dataReceived(data)
+        shares.spend(self.share, self.clock.seconds() - begun)
+        if self._isWaiting:
+            self.transport.pauseProducing()
+            shares.wait(self)
+
+    def workOn(self) -> None:
+        """See L{nixserve.ssh.shares.Worker}."""
+        self._isWaiting = False
+        self._work(b"")
+        if not self._isWaiting:
+            self.transport.resumeProducing()
+
+    def mayWorkOn(self) -> bool:
+        """As L{PacedTransport.mayWorkOn}: while the share of the key lasts, and once in each turn."""
+        self._isWaiting = not self._isFresh and self.clock.seconds() >= self._until
+        self._isFresh = False
+        return not self._isWaiting
 
     def sendExtInfo(self, extensions: list[tuple[bytes, bytes]]) -> None:
         """
@@ -530,6 +568,7 @@ class ServeFactory(SSHFactory):
 
     @ivar admission: the connections that have not logged in.
     @ivar watch: those that have.
+    @ivar shares: of the reactor's time, for these.
     @ivar connections: all of them.
     @ivar budgets: how much may be logged about whom.
     """
@@ -555,6 +594,7 @@ class ServeFactory(SSHFactory):
         self.clock = clock
         self.admission = Admission(clock)
         self.watch = KeyWatch(checker, clock)
+        self.shares = Shares(clock)
         self.budgets = LogBudgets(clock.seconds)
         self.connections: set[ServeTransport] = set()
 

@@ -309,11 +309,17 @@ class PacedTransport(transport.SSHTransportBase):
             self._guarded(super().dataReceived, data)
             return
         self.buf = self.buf + data if self.buf else data
-        while not self._ending:
+        while not self._ending and self.mayWorkOn():
             size = self._openPacket()
             if not size:
                 return
             self._guarded(self._dispatch, size)
+
+    def mayWorkOn(self) -> bool:
+        """
+        May the next packet be opened now? If not, what has arrived stays in C{buf} until C{dataReceived} is called.
+        """
+        return True
 
     def getPacket(self) -> bytes | None:
         """The next packet's payload, or C{None}; used by Conch right after the version exchange."""
