@@ -140,7 +140,15 @@ class Options(usage.Options):
     opt_l = opt_listen
 
     def postOptions(self) -> None:
-        """Check what can be checked without touching anything."""
+        """
+        Check what can be checked without touching anything.
+
+        In the foreground twistd shall leave no file with a process number where it was started, unless it is told a
+        name: after a kill that number may be anybody's, in a container our own, and twistd would not start again. Two
+        services on one state directory are kept apart by L{nixserve.app.ownsocket}.
+        """
+        if self.parent is not None and self.parent.get("nodaemon") and self.parent.get("pidfile") == "twistd.pid":
+            self.parent["pidfile"] = ""
         try:
             self.settings = self._complete()
             Policy.parse(self.settings.defaultRights)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 
 import pytest
+from twisted.scripts._twistd_unix import ServerOptions
 
 from nixserve.app.ownsocket import OwnSocket
 from nixserve.errors import UsageError
@@ -111,6 +112,20 @@ def test_afterKill(box, service):
     # The next one's begins anew.
     os.unlink(first.logPath)
     Relay(box, service())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["-n"], ""), (["-n", "--pidfile=mine"], "mine"), ([], "twistd.pid"), (["-n", "--pidfile="], "")],
+)
+def test_pidFile(tmp_path, words, expected):
+    """
+    In the foreground there is no file of twistd's that names a process number, unless it was asked for: in a container
+    that number is the next one's too, and twistd would not start.
+    """
+    options = ServerOptions()
+    options.parseOptions([*words, "nixserve", "--state", str(tmp_path)])
+    assert os.path.basename(options["pidfile"]) == expected
 
 
 def test_secondService(box, service):
