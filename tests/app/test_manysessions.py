@@ -10,7 +10,7 @@ from pathlib import Path
 from nixserve.app.service import FORCED_COMMAND
 from tests.app.appsupport import HELLO, TIMEOUT, Relay, number
 
-LIMIT = 1200
+LIMIT = 2000
 
 
 def limits(process):
