@@ -40,7 +40,7 @@ class Shares:
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        # Seconds in this turn of the reactor, by key.
+        # Seconds in this turn of the reactor, or in this and others with little to do, by key.
         self._used: dict[str, float] = {}
         self._lines: dict[str, deque[Worker]] = {}
         self._turn: IDelayedCall | None = None
@@ -50,9 +50,15 @@ class Shares:
         return SHARE_SECONDS - self._used.get(share, 0.0)
 
     def spend(self, share: str, seconds: float) -> None:
-        """So long somebody has worked."""
-        self._used[share] = self._used.get(share, 0.0) + seconds
-        self._expectTurn()
+        """
+        So long somebody has worked.
+
+        Up to half of a share counts for the turns that follow, too: to look for the end of each turn would cost as much
+        as many a message does.
+        """
+        used = self._used[share] = self._used.get(share, 0.0) + seconds
+        if used > SHARE_SECONDS / 2:
+            self._expectTurn()
 
     def wait(self, worker: Worker) -> None:
         """There is more to do than the share lasts for: go on in the next turn. Once until it comes."""

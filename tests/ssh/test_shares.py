@@ -71,6 +71,19 @@ def test_whoHasWorkedWaits():
     assert shares.left("a") == SHARE_SECONDS
 
 
+def test_littleWorkExpectsNoTurn():
+    """Small messages of somebody who is alone cost no turn of the reactor each, and use up no share for good."""
+    clock = Turns()
+    shares = Shares(clock)
+    turns = 0
+    for _ in range(100):
+        assert shares.left("a") > 0
+        shares.spend("a", SHARE_SECONDS / 10)
+        turns += len(clock.due)
+        clock.turn()
+    assert turns < 20
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """One in which a share is over at once."""
