@@ -239,8 +239,8 @@ class ServeServer(Protocol):
 
     def readConnectionLost(self) -> None:
         """
-        The peer will send nothing more. It may still read; but if it stops that too, it is most likely dead: ssh whose
-        reader is gone says no more than EOF to a server that does not call itself OpenSSH.
+        The peer will send nothing more. It may still read; but if it stops that too, it is most likely dead: not every
+        ssh whose reader is gone says more than EOF.
         """
         self._stall.shorten(HALF_CLOSED_SECONDS)
         self._connection.receiveEOF()
