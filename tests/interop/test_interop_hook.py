@@ -167,7 +167,7 @@ def test_interrupt(nix, farm, number, share):
     """Ctrl-C ends all builds on all machines; so does the sudden death of Nix."""
     farm.endpoint("x86_64-linux - 2 1"), farm.stock("x86_64-linux - 2 1")
     expression = write(farm, "many.nix", MANY)
-    command = farm.command(expression, *arguments(count=8, sleep="61.25"))
+    command = farm.command(expression, *arguments(count=8, sleep=ours("61.25")))
     environment = farm.environment(NIXSERVE_HOOK_SHARE=share)
     process = nix.start(*command, store=farm.root, environment=environment, stderr=-3)
     until(lambda: len(sleeping("61.25")) == 4, 20)
@@ -200,7 +200,7 @@ def test_interruptAnywhere(nix, farm):
     expression = write(farm, "many.nix", MANY)
     rng = random.Random(1)
     for number in range(100):
-        command = farm.command(expression, *arguments(count=12, sleep="0.0625", salt=number))
+        command = farm.command(expression, *arguments(count=12, sleep=ours("0.0625"), salt=number))
         process = nix.start(*command, store=farm.root, environment=farm.environment(), stderr=-3, stdout=-3)
         time.sleep(rng.uniform(0, 1.2))
         process.send_signal(rng.choice([signal.SIGINT, signal.SIGKILL, signal.SIGTERM]))
@@ -208,7 +208,7 @@ def test_interruptAnywhere(nix, farm):
         until(lambda: not sleeping("0.0625"), 10)
         assertNothingLeft(farm)
         if number % 10 == 0:
-            done = farm.build(expression, *arguments(count=12, sleep="0.0625", salt=number))
+            done = farm.build(expression, *arguments(count=12, sleep=ours("0.0625"), salt=number))
             assert done.status == 0, done.said
             assertVerified(nix, farm.root)
 
@@ -237,7 +237,7 @@ def test_daemon(nix, farm, daemon):
     done = nix.run(*command, *arguments(count=8, sleep="1.5"), store=daemon)
     assert len(done.stdout.split()) == 8
     assert all(len(builtHere(machine.root)) >= 2 for machine in farm.machines)
-    client = nix.start(*command, *arguments(count=8, sleep="61.75"), store=daemon, stderr=-3)
+    client = nix.start(*command, *arguments(count=8, sleep=ours("61.75")), store=daemon, stderr=-3)
     until(lambda: len(sleeping("61.75")) == 4, 20)
     client.kill()
     client.wait()
@@ -246,9 +246,14 @@ def test_daemon(nix, farm, daemon):
     assertVerified(nix, farm.root)
 
 
+def ours(seconds):
+    """A time to sleep that no other run of these tests has on this machine."""
+    return f"{seconds}{os.getpid():07}"
+
+
 def sleeping(seconds):
-    """The builds that sleep for so long."""
-    return [line for line in processes(seconds).values() if line.startswith("sleep ")]
+    """The builds of ours that sleep for so long."""
+    return [line for line in processes(ours(seconds)).values() if line.startswith("sleep ")]
 
 
 def test_brokenMachines(farm):
@@ -308,7 +313,7 @@ def test_bothHooks(nix, farm):
     results = {}
 
     def build(hook):
-        results[hook] = farm.build(expression, *arguments(count=5, sleep="1.973", salt=hook), hook=hook)
+        results[hook] = farm.build(expression, *arguments(count=5, sleep=ours("1.973"), salt=hook), hook=hook)
 
     builds = [threading.Thread(target=build, args=(hook,)) for hook in ("real", "ours")]
     for thread in builds:
