@@ -875,6 +875,16 @@ def test_halfClosedReaderThatStops():
     session.ended(1, "error: nothing has moved for too long in the middle of a request; giving up\n")
 
 
+def test_halfClosedReaderThatStopsSoon():
+    """The time counts from the last byte that moved, not from when that was noticed."""
+    session = halfClosedDownload()
+    session.clock.advance(0.1)
+    session.transport.take(1000)
+    session.clock.pump([0.05] * 50)
+    session.drain()
+    session.ended(1, "error: nothing has moved for too long in the middle of a request; giving up\n")
+
+
 def test_halfClosedReaderThatIsSlow():
     """One that goes on reading, however slowly, gets everything."""
     session = halfClosedDownload()
