@@ -475,6 +475,14 @@ def test_manyThreads(store):
     shared = [makeInfo(f"shared-{number}", makeNar(b"%d" % number)) for number in range(20)]
     failures = []
 
+    def untilFree(call):
+        """Beginning and finishing both meet the others' locks: a small object has none before it is complete."""
+        while True:
+            try:
+                return call()
+            except Busy:
+                threading.Event().wait(0.005)
+
     def work(worker):
         session = store.openSession()
         try:
@@ -482,14 +490,9 @@ def test_manyThreads(store):
             todo = [(info, makeNar(b"%d" % number)) for number, info in enumerate(shared)]
             todo += [(makeInfo(name, makeNar(data)), makeNar(data)) for name, data in own]
             for info, nar in todo:
-                while True:
-                    try:
-                        writer = session.addToStore(info)
-                        break
-                    except Busy:
-                        threading.Event().wait(0.005)
+                writer = untilFree(lambda info=info: session.addToStore(info))
                 writer.feed(nar)
-                writer.finish()
+                untilFree(writer.finish)
                 assert b"".join(session.narFromPath(info.path)) == nar
         except Exception as error:
             failures.append(error)
