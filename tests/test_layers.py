@@ -29,6 +29,9 @@ def moduleName(file):
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+NAMES = {moduleName(file) for file in MODULES}
+
+
 def layerOf(module):
     """The layer of a dotted name in nixserve; C{None} for the package itself."""
     parts = module.split(".")
@@ -58,6 +61,11 @@ def imports(module, source):
                 found.extend((f"nixserve.{name}", inFunction) for name in packages)
             else:
                 found.append((node.module, inFunction))
+                found.extend(
+                    (submodule, inFunction)
+                    for alias in node.names
+                    if (submodule := f"{node.module}.{alias.name}") in NAMES and submodule != node.module
+                )
         inside = inFunction or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
@@ -98,6 +106,66 @@ def breaches(module, source):
     if layer in ("errors", "codec") and re.search(r"(?<![\w.])(open|input|print)\(", source):
         found.append("opens files or talks to the terminal")
     return found
+
+
+def graph(sources):
+    """
+    Which of the modules imports which others of them, wherever the statement stands.
+
+    @param sources: the source of each, by dotted name.
+    @return: the same modules, each with a set.
+    """
+    return {
+        module: {name for name, _ in imports(module, source)} & sources.keys() - {module}
+        for module, source in sources.items()
+    }
+
+
+def circle(graph):
+    """
+    One way by which a module imports itself, with the module at both ends; empty if there is none.
+
+    @param graph: of L{graph}.
+    """
+    done, way = set(), []
+
+    def follow(module):
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        way.append(module)
+        found = next(filter(None, map(follow, sorted(graph[module]))), [])
+        way.pop()
+        done.add(module)
+        return found
+
+    return next(filter(None, map(follow, sorted(graph))), [])
+
+
+@pytest.mark.xfail(reason="the build hook's door and the builds of a session still have one each", strict=True)
+def test_noCircles():
+    """No module imports itself by way of others, be it for a type checker or within a function."""
+    assert circle(graph({moduleName(file): file.read_text() for file in MODULES})) == []
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "expected"),
+    [
+        ("import nixserve.c", "", []),
+        ("import nixserve.c", "import nixserve.b", ["nixserve.b", "nixserve.c", "nixserve.b"]),
+        ("from nixserve.c import x", "def f():\n    import nixserve.b", ["nixserve.b", "nixserve.c", "nixserve.b"]),
+        (
+            "if TYPE_CHECKING:\n    from nixserve.c import x",
+            "from nixserve.a import y",
+            ["nixserve.a", "nixserve.b", "nixserve.c", "nixserve.a"],
+        ),
+    ],
+)
+def test_circlesAreSeen(b, c, expected):
+    """A circle is found wherever it begins and wherever the imports stand, and only where there is one."""
+    sources = {"nixserve.a": "import nixserve.b, os", "nixserve.b": b, "nixserve.c": c}
+    assert circle(graph(sources)) == expected
 
 
 @pytest.mark.parametrize("file", MODULES, ids=[moduleName(file) for file in MODULES])
