@@ -471,11 +471,8 @@ class ServeServer(Protocol):
         worker and no memory is kept by who is slow to read it.
         """
         if len(request.paths) <= INFOS_AT_ONCE:
-            await self._answer(request.paths, partial(self._pathInfos, request.paths))
-            return
-        if len(request.paths) <= INFOS_AT_ONCE:
             # One part: a stream of it would cost as much as the answer.
-            await self._answer(request.paths, lambda: self._pathInfos(request.paths))
+            await self._answer(request.paths, partial(self._pathInfos, request.paths))
             return
         encode = self._connection.startReply()
         outflow = self._outflow(request.paths, lambda: encode(self._pathInfos(request.paths)))
