@@ -8,8 +8,7 @@ import os
 
 import click
 
-from nixserve.app.hookcommand import HookOptions, answer
-from nixserve.app.hookentry import Preloaded
+from nixserve.app.hookentry import answerNix
 
 __all__ = ["hook"]
 
@@ -44,8 +43,5 @@ def hook(noShare: bool, check: bool, asJSON: bool, argument: str | None) -> None
             "This is for Nix to run: set 'build-hook' in nix.conf. To look at machines, add --check."
         )
     else:
-        preloaded = None if noShare else Preloaded.find(os.environ)
-        if preloaded is not None:
-            preloaded.hand(argument)
-        status = answer(HookOptions(int(argument), not noShare), os.environ, os.getppid(), preloaded)
+        status = answerNix(argument, not noShare)
     click.get_current_context().exit(status)

@@ -1,6 +1,6 @@
 """
-C{nixserve-hook VERBOSITY}, also C{nixserve hook VERBOSITY}: Nix's build hook, in a process of its own or in one that
-was loaded already (L{nixserve.app.hookentry}).
+What Nix's build hook does until there is a machine to connect to, in the process that Nix has started
+(L{nixserve.app.hookentry}) or in one that was loaded already (L{nixserve.app.preloaded}).
 
 There is one such process for each build, for which Nix waits: so this imports only what it takes to read the question
 and choose a machine. Twisted follows when there is one to connect to.
@@ -9,13 +9,12 @@ and choose a machine. Twisted follows when there is one to connect to.
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nixserve.app.hookentry import NO_SHARE, PERSIST_SECONDS, SHARE, Preloaded
+from nixserve.app.handover import persistSeconds
 from nixserve.app.settings import chooseStore
 from nixserve.app.statedirs import hookStateDir, socketDirectory
 from nixserve.errors import FormatError, NixServeError, RemoteError, StoreError, UsageError
@@ -31,7 +30,7 @@ from nixserve.store.durability import Durability
 from nixserve.store.layout import StoreLayout
 from nixserve.store.ownpaths import makeOwnDirectory
 
-__all__ = ["HookOptions", "answer", "main", "persistSeconds", "readMachines"]
+__all__ = ["HookOptions", "answer", "readMachines"]
 
 INTERRUPTED = 130
 """What a shell says of a command that SIGINT has ended."""
@@ -57,39 +56,20 @@ class HookOptions:
     waiting: int | None = None
 
 
-def main(words: Sequence[str], preloaded: Preloaded | None = None) -> int:
-    """
-    The program C{nixserve-hook}. Ends the process, unless it is used wrongly.
-
-    @param words: its arguments.
-    @param preloaded: to be started for the next one.
-    @return: the exit status.
-    """
-    share = NO_SHARE not in words
-    numbers = [word for word in words if word != NO_SHARE]
-    if len(numbers) != 1 or not numbers[0].isdecimal():
-        print("error: this is run by Nix: write 'build-hook = /path/to/nixserve-hook' in nix.conf; "
-              "'nixserve hook --check' looks at the machines", file=sys.stderr)  # fmt: skip
-        return 2
-    status = answer(HookOptions(int(numbers[0]), share), os.environ, os.getppid(), preloaded)
-    sys.stderr.flush()
-    # Nix waits for the end of this process, of whose time Python's tidying up would be a fifth. All that is held here
-    # are descriptors.
-    os._exit(status)
-
-
-def answer(options: HookOptions, environ: Mapping[str, str], parent: int, preloaded: Preloaded | None = None) -> int:
+def answer(
+    options: HookOptions, environ: Mapping[str, str], parent: int, prepareNext: Callable[[], None] = lambda: None
+) -> int:
     """
     Answer the Nix that has started this process, until it asks no more or one build was done.
 
     @param parent: the process that runs Nix.
-    @param preloaded: started when there is a build, for the next hook process; C{None} if there is one, or is to be
-        none.
+    @param prepareNext: called when there is a build, before Nix hears that it is done elsewhere: then Nix starts the
+        next hook process.
     @return: the exit status.
     """
     pipes = NixPipes(options.verbosity, os.getpid(), waiting=options.waiting)
     try:
-        return _Hook(pipes, options, environ, parent, preloaded).answer()
+        return _Hook(pipes, options, environ, parent, prepareNext).answer()
     except NixServeError as e:
         pipes.write(pipes.log.error(f"build hook: {e}"))
         return 1
@@ -110,7 +90,7 @@ class _Hook:
         options: HookOptions,
         environ: Mapping[str, str],
         parent: int,
-        preloaded: Preloaded | None,
+        prepareNext: Callable[[], None],
     ) -> None:
         """
         Hear the settings. Waits for them.
@@ -125,7 +105,7 @@ class _Hook:
             _requireWritable(state)
         run, since = _runOf(parent)
         self._pipes = pipes
-        self._preloaded = preloaded
+        self._prepareNext = prepareNext
         self._chooser = Chooser(
             machines,
             settings,
@@ -167,11 +147,6 @@ class _Hook:
                 break
         return 0
 
-    def _prepareNext(self) -> None:
-        """Before Nix hears that it has a build elsewhere: then it starts the next hook process."""
-        if self._preloaded is not None:
-            self._preloaded.start()
-
     def _wait(self, question: BuildQuestion, ticket: Ticket) -> Taken:
         """
         A slot for a build that was accepted without one.
@@ -200,18 +175,6 @@ class _Hook:
             return HookRun(reactor, self._pipes, self._chooser, self._places).run(question, taken, accepted)
 
         return runReactor(main)
-
-
-def persistSeconds(environ: Mapping[str, str]) -> int:
-    """
-    How long a shared connection stays without a session; 0 if none is to be shared.
-
-    @raise UsageError: the variable is no number.
-    """
-    text = environ.get(SHARE, str(PERSIST_SECONDS))
-    if not text.isdecimal():
-        raise UsageError(f"{SHARE} is '{text}'; it must be a number of seconds, or 0 for no shared connections")
-    return int(text)
 
 
 def _chooseStore(settings: HookSettings, environ: Mapping[str, str]) -> StoreLayout:

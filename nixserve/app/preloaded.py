@@ -1,6 +1,6 @@
 """
 A process with all that a build hook imports, which forks a child for each hook process of one Nix. The first hook
-process that builds starts it (L{nixserve.app.hookentry}, which also has the other end of the conversation).
+process that builds starts it (L{nixserve.app.handover}, which also has the other end of the conversation).
 
 No reactor is made and no thread runs before a fork, so a child begins as a new process would, but loaded. From the hook
 process that it stands for it gets the descriptors; all else is the same for all of them. It answers that process
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Self
 
+from nixserve.app.handover import TAKEN, openDescriptors
 from nixserve.app.hookcommand import HookOptions, answer
-from nixserve.app.hookentry import TAKEN, openDescriptors
 
 __all__ = ["PreloadedServer", "serve"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from nixserve.app import hookentry, statedirs
+from nixserve.app import handover, statedirs
 from nixserve.app.preloaded import CHILD_NAME, LOADED_NAME
 from nixserve.codec.wire import encodeString, encodeU64
 from tests.hook.hooksupport import otherProcess
@@ -432,18 +432,18 @@ def test_ofOthers(nix, monkeypatch):
     nix.first()
     until(nix.loaded)
     (path,) = nix.state.glob("preloaded/*")
-    ours, environ = hookentry.Preloaded(str(path), 60), {"NIXSERVE_HOOK_STATE": str(nix.state)}
-    assert hookentry.Preloaded.find(environ) is not None
+    ours, environ = handover.Preloaded(str(path), 60), {"NIXSERVE_HOOK_STATE": str(nix.state)}
+    assert handover.Preloaded.find(environ) is not None
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert ours._connect() is None
-    assert hookentry.Preloaded.find(environ) is None
+    assert handover.Preloaded.find(environ) is None
 
 
 def test_endsBehindTheChild():
     """The status is known when nothing of the child runs any more, not when it has told it."""
-    control, theirs = hookentry.socket.socketpair(hookentry.socket.AF_UNIX, hookentry.socket.SOCK_SEQPACKET)
+    control, theirs = handover.socket.socketpair(handover.socket.AF_UNIX, handover.socket.SOCK_SEQPACKET)
     results = []
-    waiting = threading.Thread(target=lambda: results.append(hookentry._result(control, True)))
+    waiting = threading.Thread(target=lambda: results.append(handover._result(control, True)))
     waiting.start()
     theirs.send(b"\7")
     waiting.join(0.2)
@@ -496,8 +496,8 @@ def test_stopped(nix, monkeypatch):
     until(nix.loaded)
     (loaded,) = nix.loaded()
     (path,) = nix.state.glob("preloaded/*")
-    monkeypatch.setattr(hookentry, "_PATIENCE", 0.2)
-    preloaded = hookentry.Preloaded(str(path), 60)
+    monkeypatch.setattr(handover, "_PATIENCE", 0.2)
+    preloaded = handover.Preloaded(str(path), 60)
     os.kill(loaded, signal.SIGSTOP)
     assert preloaded._connect() is None
     os.kill(loaded, signal.SIGCONT)
@@ -507,9 +507,15 @@ def test_stopped(nix, monkeypatch):
     control.close()
 
 
-def test_imports():
+@pytest.mark.parametrize("module", ["hookentry", "handover"])
+def test_imports(module):
     """The small process imports nothing that takes long."""
-    code = "import sys; before = set(sys.modules); import nixserve.app.hookentry; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    known = {"nixserve", "importlib", "warnings", "_socket", "__future__", "errno", "grp", "pwd"}
-    assert {name.partition(".")[0] for name in done.stdout.split()} <= known
+    code = f"import os, sys; before = set(sys.modules); import nixserve.app.{module}; print(*set(sys.modules) - before)"
+    # Without what an installation has Python import before.
+    python, environ = [sys.executable, "-S"], {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*python, "-c", code], capture_output=True, text=True, check=True, env=environ)
+    ours = {"", ".app", ".app.handover", ".app.hookentry", ".app.statedirs", ".errors", ".store", ".store.ownpaths"}
+    known = {"importlib", "warnings", "_socket", "__future__", "errno", "grp", "pwd"}
+    imported = set(done.stdout.split())
+    assert {name for name in imported if name.startswith("nixserve")} <= {f"nixserve{name}" for name in ours}
+    assert {name.partition(".")[0] for name in imported} <= known | {"nixserve"}

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from nixserve.app.handover import Preloaded
 from nixserve.app.hookcommand import _requireWritable
-from nixserve.app.hookentry import Preloaded
 from nixserve.builder.users import BuildUser
 from nixserve.builder.workspace import makeBuildDir
 from nixserve.codec.storepath import StorePath
