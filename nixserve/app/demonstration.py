@@ -89,14 +89,12 @@ class Build:
     @ivar confined: in a sandbox.
     @ivar seconds: from the request to the result.
     @ivar moved: bytes of the protocol and the log, both ways, from the request until the output was here.
-    @ivar recipePaths: how many paths copying the .drv file would have had to move, and C{recipeBytes}, the sizes of
-        their NARs.
+    @ivar recipeBytes: sizes of the NARs that copying the .drv file would have had to move.
     """
 
     confined: bool
     seconds: float
     moved: int
-    recipePaths: int
     recipeBytes: int
 
 
@@ -292,7 +290,7 @@ class Demonstration:
             await copyClosure(client, here, [recipe.output])
             moved = client.moved - before
             await here.call(_checkOutput, here.session, store.layout.realPath(recipe.output), recipe)
-        self._narrator.built(Build(self._confined, seconds, moved, paths, size))
+        self._narrator.built(Build(self._confined, seconds, moved, size))
 
     def _path(self, name: str) -> str:
         return f"{self._directory}/{name}"

@@ -11,13 +11,10 @@ from dataclasses import asdict, dataclass
 
 from nixserve.errors import NixServeError
 
-__all__ = ["BuiltinFailed", "BuiltinJob", "logRecord", "readCACertificates", "warn"]
+__all__ = ["BuiltinFailed", "BuiltinJob", "logRecord", "warn"]
 
 # Nix's numbers (2.8, src/libutil/logging.hh and error.hh).
 _LEVEL_WARN = 1
-
-# Where Nix looks (2.8, src/libstore/globals.cc), after what the environment says.
-_CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/nix/var/nix/profiles/default/etc/ssl/certs/ca-bundle.crt")
 
 
 class BuiltinFailed(NixServeError):
@@ -63,24 +60,6 @@ class BuiltinJob:
     def decode(cls, data: bytes | str) -> BuiltinJob:
         """What L{encode} wrote, in the process in which the builder runs."""
         return cls(**json.loads(data))
-
-
-def readCACertificates(file: str = "") -> str:
-    """
-    Read the certificates of the authorities that a L{BuiltinJob} is to trust.
-
-    @param file: where they are; if empty, where systems have them.
-    @return: PEM text, perhaps with comments between; empty if there is no file.
-    @raise OSError: C{file} cannot be read.
-    """
-    for candidate in (file,) if file else _CA_FILES:
-        try:
-            with open(candidate, encoding="utf-8", errors="replace") as lines:
-                return lines.read()
-        except FileNotFoundError:
-            if file:
-                raise
-    return ""
 
 
 def warn(text: str) -> None:

@@ -206,7 +206,7 @@ class BuildPlan:
     @property
     def over(self) -> bool:
         """
-        Whether nothing is left to do. What is L{running} then is in vain and should be cancelled.
+        Whether nothing is left to do. What is being built then is in vain and should be cancelled.
         """
         if self._fatal:
             return True
@@ -216,11 +216,6 @@ class BuildPlan:
         if not self._keepGoing and (self._missing or any(goal.state is _State.FAILED for goal in targets)):
             return True
         return all(goal.over for goal in targets)
-
-    @property
-    def running(self) -> frozenset[StorePath]:
-        """What was handed out and has not ended."""
-        return frozenset(self._builds)
 
     def takeMessages(self) -> list[str]:
         """Lines for the log that were not taken yet: errors of goals that are no targets."""

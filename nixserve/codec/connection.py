@@ -47,7 +47,6 @@ from nixserve.codec.serve import (
     AddToStoreNar,
     Command,
     ExportPaths,
-    ImportItem,
     Request,
     readCommand,
     readRequest,
@@ -362,16 +361,6 @@ class ClientConnection(_Receiver):
         self._unanswered: deque[Request] = deque()
         self._narLeft = 0
 
-    @property
-    def state(self) -> tuple[State, State]:
-        """Where sending and receiving stand."""
-        return self._sending.state, self._receiving.state
-
-    @property
-    def unanswered(self) -> int:
-        """How many requests have no reply yet."""
-        return len(self._unanswered)
-
     def nextEvent(self) -> ClientEvent | Literal[Pause.NEED_DATA, Pause.PAUSED]:
         """
         What has happened. L{EndOfInput} is seen only where no reply is owed.
@@ -421,20 +410,9 @@ class ClientConnection(_Receiver):
             raise LocalProtocolError(f"the NAR ends {self._narLeft} bytes early")
         self._sending.go(Step.NAR_END)
 
-    def startImportedNar(self) -> bytes:
-        """Before each NAR of an export stream; its bytes follow as they are."""
-        self._sending.go(Step.ITEM_START)
-        return serve.writeExportMarker(True)
-
-    def sendImportItem(self, item: ImportItem) -> bytes:
-        """After each NAR of an export stream."""
-        self._sending.go(Step.ITEM)
-        return serve.writeImportItem(item)
-
-    def endImport(self) -> bytes:
-        """The export stream is complete."""
+    def endImport(self) -> None:
+        """The export stream, which is sent as it is and brings its own end, is complete."""
         self._sending.go(Step.IMPORT_END)
-        return serve.writeExportMarker(False)
 
     def sendEOF(self) -> None:
         """We end the conversation: no request may follow. Replies still come."""

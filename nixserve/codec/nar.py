@@ -300,11 +300,6 @@ class NarParser:
         # For each directory that is open the name of the entry read last, which the next one must exceed.
         self._lastNames: list[bytes] = []
 
-    @property
-    def narSize(self) -> int:
-        """How many bytes of the archive have been read; once it is finished, its size."""
-        return self._base + self._position
-
     def feed(self, data: bytes) -> list[Event]:
         """
         Take the next bytes, cut anywhere.

@@ -95,12 +95,10 @@ CLIENT_SENDING: dict[tuple[State, Step], State] = {
     (State.IDLE, Step.NAR_REQUEST): State.NAR,
     (State.NAR, Step.NAR_END): State.IDLE,
     (State.IDLE, Step.IMPORT_REQUEST): State.IMPORT,
-    (State.IMPORT, Step.ITEM_START): State.IMPORT_NAR,
-    (State.IMPORT_NAR, Step.ITEM): State.IMPORT,
     (State.IMPORT, Step.IMPORT_END): State.IDLE,
     (State.IDLE, Step.EOF): State.CLOSED,
 }
-"""What the client sends."""
+"""What the client sends. An export stream it sends as a store wrote it."""
 
 CLIENT_RECEIVING: dict[tuple[State, Step], State] = {
     (State.MAGIC, Step.MAGIC): State.VERSION,

@@ -75,12 +75,6 @@ class Claims:
             makeOwnDirectory(directory)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
-    @property
-    def claimed(self) -> frozenset[StorePath]:
-        """What this sender has claimed now."""
-        with self._mutex:
-            return frozenset(self._claimed)
-
     def claim(self, missing: Sequence[ValidPathInfo]) -> list[ValidPathInfo]:
         """
         Claim of these paths all that nobody else sends, up to L{MAX_CLAIMED}, and that need none that somebody else

@@ -76,16 +76,6 @@ class Machine:
     supportedFeatures: frozenset[str] = frozenset()
     mandatoryFeatures: frozenset[str] = frozenset()
 
-    @property
-    def sshKey(self) -> str:
-        """File of the private key to log in with, or empty."""
-        return self.address.sshKey
-
-    @property
-    def hostKey(self) -> str:
-        """The host's public key as C{TYPE BASE64}, or empty."""
-        return self.address.hostKey
-
     def fileName(self, suffix: str) -> str:
         """
         A file name that stands for this machine, as Nix makes them: the URI with C{_} in place of C{/}, then C{suffix}.

@@ -259,7 +259,6 @@ class ServeClient(Protocol):
         async def send() -> None:
             self.transport.write(self._connection.sendRequest(ImportPaths()))
             await self._stream(door, self.transport, begin)
-            # The stream has brought its own end.
             self._connection.endImport()
 
         return self._perform(awaited, send)

@@ -122,16 +122,11 @@ class PathRestorer:
         self._digest.update(data)
         self.narSize += len(data)
 
-    def takeSurplus(self) -> bytes:
-        """What was fed after the end of the NAR. Whoever takes it declares that it belongs there."""
-        surplus, self._parser.surplus = self._parser.surplus, b""
-        return surplus
-
     def finish(self) -> None:
         """
         There is no more.
 
-        @raise nixserve.errors.FormatError: the NAR is not complete, or something came after it and was not taken.
+        @raise nixserve.errors.FormatError: the NAR is not complete, or something came after it.
         @raise StoreError: the file system refuses, or this restorer has failed or was ended before.
         """
         if not self._open:

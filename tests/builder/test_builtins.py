@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from nixserve.builder.builtinjob import BuiltinFailed, BuiltinJob, readCACertificates
+from nixserve.builder.builtinjob import BuiltinFailed, BuiltinJob
 from nixserve.builder.builtins import isBuiltin, runBuiltin
 from nixserve.builder.process import Ending
 from nixserve.codec.derivation import parseDerivation
@@ -413,19 +413,6 @@ def test_certificates(server, out, certificate):
     assert out.read_bytes() == b"hello"
     with pytest.raises(BuiltinFailed, match="cannot be read"):
         fetch(url, out, caCertificates="nonsense")
-
-
-def test_caCertificates(tmp_path, monkeypatch):
-    """Where nothing is named, certificates come from where systems have them, if there are any."""
-    bundle = tmp_path / "bundle.crt"
-    bundle.write_text("PEM")
-    assert readCACertificates(str(bundle)) == "PEM"
-    with pytest.raises(FileNotFoundError):
-        readCACertificates(str(tmp_path / "nowhere"))
-    monkeypatch.setattr("nixserve.builder.builtinjob._CA_FILES", (str(tmp_path / "nowhere"), str(bundle)))
-    assert readCACertificates() == "PEM"
-    monkeypatch.setattr("nixserve.builder.builtinjob._CA_FILES", ())
-    assert readCACertificates() == ""
 
 
 @needsSandbox

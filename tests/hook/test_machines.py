@@ -32,7 +32,7 @@ def test_allColumns():
     assert (made.uri, made.maxJobs, made.speedFactor) == ("ssh://u@h:2222", 4, 2.5)
     assert made.systems == {"a-linux", "b-linux"}
     assert (made.supportedFeatures, made.mandatoryFeatures) == ({"x", "y"}, {"z"})
-    assert (made.sshKey, made.hostKey) == ("/my/key", HOST_KEY)
+    assert (made.address.sshKey, made.address.hostKey) == ("/my/key", HOST_KEY)
     assert (made.address.user, made.address.host, made.address.port) == ("u", "h", 2222)
     assert made.address.systemFeatures == {"x", "y", "z"}
 
@@ -43,7 +43,7 @@ def test_defaults(line):
     made = machine(line)
     assert (made.uri, made.systems, made.maxJobs, made.speedFactor) == ("ssh://h", {"x86_64-linux"}, 1, 1.0)
     assert made.supportedFeatures == made.mandatoryFeatures == frozenset()
-    assert made.sshKey == made.hostKey == ""
+    assert made.address.sshKey == made.address.hostKey == ""
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_roundTrip(rows, separator, blank):
         assert made.uri.endswith(uri)
         assert (made.systems, made.maxJobs, made.speedFactor) == (systems or {"x86_64-linux"}, jobs, speed)
         assert (made.supportedFeatures, made.mandatoryFeatures) == (supported, mandatory)
-        assert made.sshKey == key and made.address.systemFeatures == supported | mandatory
+        assert made.address.sshKey == key and made.address.systemFeatures == supported | mandatory
 
 
 @given(st.text("ab@/ ;\n#-,?=&%1.\u00a0\udcff\0", max_size=60))

@@ -379,7 +379,7 @@ def test_columnsTakePrecedence(bench):
     text = "ssh://u@h?ssh-key=/of/uri - /of/column"
     assert bench.real(text, question()) == ["accept", "ssh://u@h?ssh-key=/of/uri"]
     (machine,) = parse(text).usable
-    assert f"-i {machine.sshKey} " in bench.sshLog.read_text()
+    assert f"-i {machine.address.sshKey} " in bench.sshLog.read_text()
     assert machine.uri == "ssh://u@h?ssh-key=/of/uri"
 
 
