@@ -29,7 +29,8 @@ NOT_RUN = {
 
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.*?) -->\n)?```(?:sh|console)\n(?P<text>.*?)^```$", re.M | re.S)
 PROGRAM = re.compile(r"^```python\n(?P<text># (?P<name>\w+\.py)\n.*?)^```$", re.M | re.S)
-SERVICE = re.compile(r"^(twistd -n|twist)\b.* nixserve\b")
+TWISTD = re.compile(r"^(twistd -n|twist)\b.* nixserve\b")
+SERVICE = re.compile(rf"{TWISTD.pattern}|^python serve_")
 
 
 def blocks(page):
@@ -51,7 +52,7 @@ class Page:
 
     def __init__(self, box):
         self.box = box
-        self.port = freePort()
+        self.ports = {"2222": freePort(), "2223": freePort()}
         self.service = None
         tools = box.path / "tools"
         tools.mkdir()
@@ -83,14 +84,15 @@ class Page:
         (box.path / "nixserve.toml").write_text(f'state = "{box.path}/state"\n')
 
     def adapt(self, commands):
-        """Another port than 2222; no state directory and no process number outside the sandbox."""
-        commands = commands.replace("2222", str(self.port))
+        """Other ports; no state directory and no process number outside the sandbox."""
+        for port, free in self.ports.items():
+            commands = commands.replace(port, str(free))
         commands = re.sub(r"^twistd -n nixserve", "twistd -n --pidfile= nixserve", commands, flags=re.M)
-        if SERVICE.match(commands):
+        if TWISTD.match(commands):
             if "--config" not in commands:
                 commands += f" --state {self.box.path}/state"
             if "--listen" not in commands:
-                commands += f" --listen tcp:{self.port}:interface=127.0.0.1"
+                commands += f" --listen tcp:{self.ports['2222']}:interface=127.0.0.1"
         return commands
 
     def run(self, commands):
@@ -109,7 +111,7 @@ class Page:
         with open(log, "wb") as stream:
             env = self.auto if "--store auto" in commands else None
             self.service = self.box.spawn("bash", "-c", f"exec {commands}", env=env, stdout=stream, stderr=stream)
-        waitUntil(lambda: "host key is" in log.read_text() or self.service.poll() is not None)
+        waitUntil(lambda: re.search("host key is|serving", log.read_text()) or self.service.poll() is not None)
         assert self.service.poll() is None, log.read_text()
 
     def stop(self):
@@ -180,6 +182,17 @@ def test_setUp():
     assert [command.count("\n") for command in commands] == [1, 1]
     assert commands[0].strip().endswith("nixserve demo")
     assert commands[1].strip() == "tests/run"
+
+
+def test_tables():
+    """Each line of a table has the cells of its head, and no other line comes between."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+        for block in re.split(r"\n{2,}", text):
+            lines = block.strip().splitlines()
+            if any(line.startswith("|") for line in lines):
+                cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+                assert len(cells) == 1 and re.fullmatch(r"\|(-+\|)+", lines[1]), f"{page.name}: {lines[0]}"
 
 
 def test_links():
