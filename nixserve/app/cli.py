@@ -67,8 +67,8 @@ def nixserve() -> None:
 
 def main() -> None:
     """
-    The command. Exit status: 0 done, 1 refused or failed, 2 wrong usage, 100 to 104 as 'nix-store -r' for builds that
-    failed, 130 interrupted.
+    The command. Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted; and for builds that failed
+    what C{nixserve build} says in its help.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -74,7 +74,9 @@ def build(
     all are meant. Only what the builders may read is copied there, not the .drv files. The log comes on standard error,
     the paths of the outputs on standard output.
 
-    Exit status 100: a builder failed; 101: one took too long; 102: a fixed output has another hash; 1: anything else.
+    Exit status as of 'nix-store -r': 100 if a builder failed, 101 if one took too long, 102 if a fixed output has
+    another hash, 104 if a build gives different outputs each time. With several of these the numbers are joined
+    bit by bit. 1 for anything else, 2 for wrong usage, 130 if interrupted.
     """
     emit = emitJSON if asJSON else emitNothing
     settings = BuildOptions(maxSilentTime, buildTimeout, maxLogSize, keepFailed=keepFailed)

@@ -8,10 +8,12 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from nixserve.app.cmd_build import exitStatus
+from nixserve.app.cmd_build import build, exitStatus
 from nixserve.codec import base32
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.hashes import hashBytes
@@ -355,8 +357,20 @@ class TestFailures:
         ([(BuildStatus.DEPENDENCY_FAILED, "failed with exit code 3")], 100),
         ([(BuildStatus.BUILT, ""), (BuildStatus.MISC_FAILURE, "")], 1),
         ([(BuildStatus.PERMANENT_FAILURE, ""), (BuildStatus.OUTPUT_REJECTED, MISMATCH)], 102),
+        ([(BuildStatus.TIMED_OUT, ""), (BuildStatus.OUTPUT_REJECTED, MISMATCH)], 103),
+        ([(BuildStatus.PERMANENT_FAILURE, ""), (BuildStatus.NOT_DETERMINISTIC, "")], 108),
     ],
 )
 def test_exitStatus(results, status):
     """As C{nix-store -r} has it; several failures together too."""
     assert exitStatus([BuildResult(number, text) for number, text in results]) == status
+
+
+def test_exitStatusesAreDocumented():
+    """The help and the README name each status that a failure can have by itself, and no other."""
+    results = [BuildResult(status, text) for status in BuildStatus for text in ("", MISMATCH)]
+    single = {exitStatus([result]) for result in results}
+    told = CliRunner().invoke(build, ["--help"]).output
+    assert {int(number) for number in re.findall(r"\b1\d\d\b", told)} == {*single, 130} - {0, 1}
+    rows = re.findall(r"^\| (\d+) \|", (Path(__file__).parents[2] / "README.md").read_text(), re.M)
+    assert {int(number) for number in rows} == {*single, 2, 130}
