@@ -1,5 +1,9 @@
 """
 What holds for all tests.
+
+They follow the packages: the tests of C{nixserve/codec/nar.py} are in C{tests/codec/test_nar.py}. Beside them are
+C{interop}, against real Nix and real SSH; C{fuzz}, whatever bytes arrive; C{docs}, what the documentation says; and
+C{bench}, programs that measure, which compare with the real pair in the same run and print ratios.
 """
 
 import signal
