@@ -41,8 +41,8 @@ from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import Built, FakeStore, ScriptedBuilds, addObject, buildTrees, makeInfo, makeNar
 from tests.hook.hooksupport import machine
 from tests.hook.test_negotiation import QUESTION, Bench, asks
+from tests.remote.test_builds import derivation
 from tests.remote.test_connecting import HELLO, child
-from tests.remote.test_remotebuilds import derivation
 from tests.ssh.support import sleep, until
 
 #: What builds say: not all of it is text.

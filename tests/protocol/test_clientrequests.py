@@ -13,7 +13,7 @@ from nixserve.errors import LocalProtocolError, RemoteError
 from nixserve.protocol.client import CLOSE_SECONDS, RemoteFailure, ServeClient
 from nixserve.protocol.workers import Door
 from tests.protocol.fakes import ManualWorkers, RecordingTransport, SyncWorkers, fired, result
-from tests.protocol.test_serveclient import Joined
+from tests.protocol.test_client import Joined
 from tests.vectors.serve.messages import (
     APP,
     CLIENT_MAGIC,

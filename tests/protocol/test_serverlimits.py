@@ -20,7 +20,7 @@ from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.turns import Turns
 from nixserve.store.memory import MemoryStore
 from tests.protocol.fakes import ManualWorkers, RecordingStore, RecordingTransport, fired
-from tests.protocol.test_serveserver import ADD_LARGE, ANSWER, HELLO, Session
+from tests.protocol.test_server import ADD_LARGE, ANSWER, HELLO, Session
 from tests.vectors.serve.messages import LIB, narInfo, path, wire
 
 MIB = 1024 * 1024
