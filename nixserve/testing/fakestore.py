@@ -26,11 +26,17 @@ class FakeStore:
 
     @ivar inner: the store itself, where nothing is recorded and nothing fails.
     @ivar calls: names and arguments of all calls on its sessions and their writers, and of C{openSession}, in order.
+    @ivar sessions: all that were opened, in order.
+    @ivar madeUp: NARs that are given out for paths whether valid or not, in chunks; one that is an exception is raised.
+    @ivar chunksRead: how many of those chunks were asked for.
     """
 
     def __init__(self, storeDir: StoreDir | None = None) -> None:
         self.inner = MemoryStore(storeDir)
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.sessions: list[StoreSession] = []
+        self.madeUp: dict[StorePath, Sequence[bytes | Exception]] = {}
+        self.chunksRead = 0
         self._failures: dict[str, deque[Exception | None]] = {}
 
     @property
@@ -75,7 +81,8 @@ class FakeStore:
 
     def openSession(self) -> StoreSession:
         """See L{nixserve.store.api.Store}."""
-        return _FakeSession(self, self.perform(self.inner.openSession))
+        self.sessions.append(_FakeSession(self, self.perform(self.inner.openSession)))
+        return self.sessions[-1]
 
     def close(self) -> None:
         """See L{nixserve.store.api.Store}."""
@@ -83,12 +90,24 @@ class FakeStore:
 
     def perform(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Record a call; then fail, or do it."""
-        self.calls.append((method.__name__, args))
-        failures = self._failures.get(method.__name__)
+        self.record(method.__name__, *args)
+        return method(*args, **kwargs)
+
+    def record(self, name: str, *args: Any) -> None:
+        """Record a call; then fail, or return."""
+        self.calls.append((name, args))
+        failures = self._failures.get(name)
         failure = failures.popleft() if failures else None
         if failure is not None:
             raise failure
-        return method(*args, **kwargs)
+
+    def readMadeUp(self, path: StorePath) -> Iterator[bytes]:
+        """The chunks of a NAR in C{madeUp}, counted."""
+        for chunk in self.madeUp[path]:
+            self.chunksRead += 1
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
 
 
 class _FakeSession:
@@ -116,10 +135,12 @@ class _FakeSession:
         return self._do(self._inner.queryClosure, paths, includeOutputs)
 
     def narFromPath(self, path: StorePath) -> Iterator[bytes]:
-        return self._do(self._inner.narFromPath, path)
+        self._store.record("narFromPath", path)
+        return self._nars([path])
 
     def narsFromPaths(self, paths: Sequence[StorePath]) -> Iterator[bytes]:
-        return self._do(self._inner.narsFromPaths, paths)
+        self._store.record("narsFromPaths", paths)
+        return self._nars(paths)
 
     def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
         return self._do(self._inner.exportPaths, paths)
@@ -135,6 +156,11 @@ class _FakeSession:
 
     def close(self) -> None:
         self._do(self._inner.close)
+
+    def _nars(self, paths: Sequence[StorePath]) -> Iterator[bytes]:
+        # What is made up stands alone.
+        isMadeUp = paths[0] in self._store.madeUp
+        return self._store.readMadeUp(paths[0]) if isMadeUp else self._inner.narsFromPaths(paths)
 
 
 class _FakePathWriter:

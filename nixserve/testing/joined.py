@@ -18,188 +18,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTerminated
-from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
-from nixserve.protocol.interfaces import IBuilds, IServeTransport, ISharedWorkers, IWorkers
+from nixserve.protocol.interfaces import IBuilds, IWorkers
 from nixserve.protocol.policy import EVERYTHING, Peer, Policy
 from nixserve.protocol.server import ServeServer
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Store
 from nixserve.store.memory import MemoryStore
 from nixserve.testing.building import Script, ScriptedBuilds
+from nixserve.testing.deferreds import result
+from nixserve.testing.transports import MemoryTransport
+from nixserve.testing.workers import ImmediateWorkers
 
-__all__ = ["ImmediateWorkers", "Joined", "MemoryTransport", "Pair"]
+__all__ = ["Joined", "Pair"]
 
 T = TypeVar("T")
-
-CAPACITY = 64 * 1024
-"""Bytes on their way in one direction after which the sender is paused, as by a real connection."""
-
-
-@implementer(ISharedWorkers)
-class ImmediateWorkers:
-    """
-    Workers that run everything at once, in the thread that asks.
-    """
-
-    def __init__(self, reactor: Any) -> None:
-        """
-        @param reactor: by whose clock waits for locks are counted.
-        """
-        self.reactor = reactor
-
-    def of(self, client: str, atOnce: int) -> IWorkers:
-        """See L{ISharedWorkers}."""
-        return self
-
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:
-        """See L{IWorkers}."""
-        return maybeDeferred(function, *args, **kwargs)
-
-
-@implementer(IServeTransport)
-class MemoryTransport:
-    """
-    One end of a L{Pair}.
-
-    @ivar written: what is on its way to the other end.
-    @ivar errors: the same for standard error.
-    @ivar status: what the session has ended with, once it has.
-    @ivar paused: its protocol takes nothing for now.
-    @ivar capacity: bytes on their way after which the producer is paused.
-    @ivar mostUnread: the most bytes that were on their way at any time.
-    """
-
-    def __init__(self, wake: Callable[[], None] = lambda: None, capacity: int = CAPACITY) -> None:
-        """
-        @param wake: called when something may move.
-        """
-        self.written = bytearray()
-        self.errors = bytearray()
-        self.status: int | None = None
-        self.aborted = False
-        self.closing = False
-        self.paused = False
-        self.producer: Any = None
-        self.capacity = capacity
-        self.mostUnread = 0
-        self.sent = 0
-        self._producerPaused = False
-        self._wake = wake
-
-    def write(self, data: bytes) -> None:
-        """See L{IServeTransport}."""
-        if self.status is None and not self.aborted:
-            self.written += data
-            self.mostUnread = max(self.mostUnread, len(self.written))
-            self._throttle()
-            self._wake()
-
-    def writeSequence(self, data: Any) -> None:
-        """See L{IServeTransport}."""
-        self.write(b"".join(data))
-
-    @property
-    def unsent(self) -> int:
-        """See L{IServeTransport}."""
-        return len(self.written)
-
-    def allowUnread(self, size: int) -> int:
-        """See L{IServeTransport}. What is not read stays with the other end."""
-        return 0
-
-    def writeError(self, data: bytes) -> None:
-        """See L{IServeTransport}."""
-        if self.status is None:
-            self.errors += data
-            self._wake()
-
-    def take(self, most: int) -> bytes:
-        """
-        The other end reads.
-
-        @param most: how many bytes at most.
-        """
-        data = bytes(self.written[:most])
-        del self.written[:most]
-        self.sent += len(data)
-        return data
-
-    def taken(self) -> None:
-        """What was read has been dealt with: the producer may have to go on."""
-        if self.producer is not None and self._producerPaused and len(self.written) <= self.capacity:
-            self._producerPaused = False
-            self.producer.resumeProducing()
-
-    def registerProducer(self, producer: Any, streaming: bool) -> None:
-        """See L{IServeTransport}."""
-        assert streaming and self.producer is None, "one push producer at a time"
-        self.producer = producer
-        self._throttle()
-
-    def unregisterProducer(self) -> None:
-        """See L{IServeTransport}."""
-        self.producer = None
-        self._producerPaused = False
-
-    def pauseProducing(self) -> None:
-        """See L{IServeTransport}."""
-        assert not self.paused, "paused twice"
-        self.paused = True
-
-    def resumeProducing(self) -> None:
-        """See L{IServeTransport}."""
-        self.paused = False
-        self._wake()
-
-    def stopProducing(self) -> None:
-        """See L{IServeTransport}."""
-        self.abortConnection()
-
-    def exit(self, status: int) -> None:
-        """See L{IServeTransport}."""
-        if self.status is None:
-            self.status = status
-            self._wake()
-
-    def loseConnection(self) -> None:
-        """See L{IServeTransport}."""
-        self.closing = True
-        self._wake()
-
-    def abortConnection(self) -> None:
-        """See L{IServeTransport}."""
-        self.aborted = self.closing = True
-        self._wake()
-
-    def getPeer(self) -> IAddress:
-        """See L{IServeTransport}."""
-        return _HERE
-
-    def getHost(self) -> IAddress:
-        """See L{IServeTransport}."""
-        return _HERE
-
-    def _throttle(self) -> None:
-        if self.producer is not None and not self._producerPaused and len(self.written) > self.capacity:
-            self._producerPaused = True
-            self.producer.pauseProducing()
-
-
-@implementer(IAddress)
-class _MemoryAddress:
-    def __repr__(self) -> str:
-        return "memory"
-
-
-_HERE = _MemoryAddress()
 
 
 class Pair:
@@ -374,12 +213,7 @@ class Joined:
         @raise AssertionError: it has not.
         """
         self.flush()
-        seen: list[Any] = []
-        deferred.addBoth(seen.append)
-        assert seen, "nothing moves any more, and there is no result"
-        if isinstance(seen[0], Failure):
-            seen[0].raiseException()
-        return cast(T, seen[0])
+        return result(deferred)
 
     def cut(self) -> None:
         """The connection breaks, whatever was on its way. What each end can do to it, C{client.cut()} does."""
