@@ -15,7 +15,7 @@ from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.protocol.builds import BuildClient, Builds
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy
-from tests.protocol.fakes import ManualWorkers
+from nixserve.testing import ManualWorkers
 from tests.vectors.serve.messages import path
 
 OPTIONS = BuildOptions()

@@ -15,8 +15,8 @@ from nixserve.protocol.buildlog import MAX_KEPT_LOG, MAX_PENDING_LOG, BuildLog
 from nixserve.protocol.builds import EXTRA_SECONDS
 from nixserve.protocol.turns import Turns
 from nixserve.store.api import Busy
+from nixserve.testing import ManualWorkers
 from tests.protocol.buildfakes import Reactor, World, built, outputOf, pathOf
-from tests.protocol.fakes import ManualWorkers
 
 
 @pytest.fixture(autouse=True)

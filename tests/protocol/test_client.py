@@ -13,14 +13,8 @@ from nixserve.errors import LocalProtocolError, NixServeError, RemoteError
 from nixserve.protocol.client import MAX_REMOTE_ERROR, MAX_SAID_LINES, ServeClient
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY
 from nixserve.protocol.workers import Door
-from tests.protocol.fakes import (
-    ManualWorkers,
-    RecordingStore,
-    RecordingTransport,
-    SyncWorkers,
-    fired,
-    result,
-)
+from nixserve.testing import ImmediateWorkers, ManualWorkers, RecordingTransport, result
+from tests.protocol.vectorstore import storeWith
 from tests.vectors.serve.messages import (
     APP,
     CLIENT_MAGIC,
@@ -66,8 +60,8 @@ class Joined(testing.Joined):
     """A client and a server with everything around them."""
 
     def __init__(self, *infos, policy=EVERYTHING, cut=1 << 20, workers=None):
-        workers = workers or SyncWorkers()
-        super().__init__(RecordingStore(*infos), policy=policy, piece=cut, workers=workers, name="")
+        workers = workers or ImmediateWorkers()
+        super().__init__(storeWith(*infos), policy=policy, piece=cut, workers=workers, name="")
         CLIENTS.append(self.client)
         # What the client sends comes from a store of its own.
         self.clientWorkers = ManualWorkers()
@@ -84,7 +78,7 @@ class Joined(testing.Joined):
         return self.client.addToStoreNar(info, self.door, lambda: iter(chunks))
 
 
-@pytest.fixture(params=[(1 << 20, SyncWorkers), (1, SyncWorkers), (1000, ManualWorkers)])
+@pytest.fixture(params=[(1 << 20, ImmediateWorkers), (1, ImmediateWorkers), (1000, ManualWorkers)])
 def joined(request):
     """A pair, with bytes cut in several ways and workers of both kinds."""
     cut, workers = request.param
@@ -119,7 +113,7 @@ def test_flagsTravel():
         client.queryValidPaths([ZEROS], substitute=True),
         client.queryClosure([ZEROS], includeOutputs=True),
     ):
-        assert not fired(request)
+        assert not request.called
     assert transport.written == CLIENT_MAGIC + wire(0x208) + wire(1, 1, 0, [ZEROS], 1, 0, 1, [ZEROS], 7, 1, [ZEROS])
 
 
@@ -203,7 +197,7 @@ def test_close():
     first, second = joined.client.close(), joined.client.close()
     joined.flush()
     assert result(first) is None and result(second) is None
-    assert joined.pair.serverSide.status == 0 and fired(joined.server.ended)
+    assert joined.pair.serverSide.status == 0 and joined.server.ended.called
     assert result(joined.client.close()) is None
     with pytest.raises(NixServeError):
         result(joined.client.queryValidPaths([]))
@@ -258,7 +252,7 @@ def test_narOfAnotherSize(chunks, text):
         result(added)
     with pytest.raises(RemoteError, match=text):
         result(later)
-    assert joined.pair.clientSide.aborted and fired(joined.server.ended)
+    assert joined.pair.clientSide.aborted and joined.server.ended.called
 
 
 def test_readingFails():
@@ -275,7 +269,7 @@ def test_readingFails():
         result(added)
     with pytest.raises(RemoteError, match="bad disk"):
         result(later)
-    assert joined.store.valid(LIB) == []
+    assert joined.store.valid([LIB]) == []
 
 
 def test_lostConnection():
@@ -288,7 +282,7 @@ def test_lostConnection():
         result(request)
     with pytest.raises(RemoteError):
         result(joined.client.ready)
-    assert fired(joined.client.ended) and fired(joined.server.ended)
+    assert joined.client.ended.called and joined.server.ended.called
 
 
 # --- alone --------------------------------------------------------------------------------------------------
@@ -412,7 +406,7 @@ def test_everybodyIsFailedByABadReply():
             result(request)
     assert transport.aborted
     client.connectionLost()
-    assert fired(client.ended)
+    assert client.ended.called
 
 
 def test_surplusBytes():
@@ -451,4 +445,4 @@ def test_connectionLostWithoutRequests():
     client.dataReceived(ANSWER)
     result(client.ready)
     client.connectionLost()
-    assert fired(client.ended)
+    assert client.ended.called

@@ -12,7 +12,7 @@ from nixserve.codec.serve import BuildOptions, writeExportMarker, writeImportIte
 from nixserve.errors import LocalProtocolError, RemoteError
 from nixserve.protocol.client import CLOSE_SECONDS, RemoteFailure, ServeClient
 from nixserve.protocol.workers import Door
-from tests.protocol.fakes import ManualWorkers, RecordingTransport, SyncWorkers, fired, result
+from nixserve.testing import ImmediateWorkers, ManualWorkers, RecordingTransport, result
 from tests.protocol.test_client import Joined
 from tests.vectors.serve.messages import (
     APP,
@@ -71,7 +71,7 @@ def test_addToStoreNars(size):
 def test_nothingToAdd():
     """No paths are no request."""
     client, transport = alone()
-    assert result(client.addToStoreNars([], Door(SyncWorkers()), lambda: iter([]))) is None
+    assert result(client.addToStoreNars([], Door(ImmediateWorkers()), lambda: iter([]))) is None
     assert transport.written == b""
 
 
@@ -90,7 +90,7 @@ def test_narMissing():
 def test_refusalNamesThePath():
     """The error says which path the remote was at, and what it said."""
     client, _ = alone(name="ssh://host")
-    added = client.addToStoreNars([LIB, APP], Door(SyncWorkers()), lambda: iter(NARS))
+    added = client.addToStoreNars([LIB, APP], Door(ImmediateWorkers()), lambda: iter(NARS))
     client.dataReceived(wire(1))
     client.errorReceived(b"error: no space left\n")
     client.connectionLost(Failure(ProcessTerminated(1)))
@@ -157,7 +157,7 @@ def test_cancelledQuery():
         lambda client: client.buildDerivation(ONES_DRV, DERIVATION, BuildOptions()),
         lambda client: client.buildPaths([str(ONES_DRV)]),
         lambda client: client.addToStoreNars([LIB], Door(ManualWorkers()), lambda: iter(NARS)),
-        lambda client: client.addToStoreNars([LIB], Door(SyncWorkers()), lambda: iter(NARS[:1])),
+        lambda client: client.addToStoreNars([LIB], Door(ImmediateWorkers()), lambda: iter(NARS[:1])),
         lambda client: client.importPaths(Door(ManualWorkers()), lambda: iter(stream())),
     ],
 )
@@ -240,7 +240,7 @@ def test_closeLosesPatience():
     client, transport = alone(clock=clock)
     closed = client.close()
     clock.advance(CLOSE_SECONDS - 0.1)
-    assert not transport.aborted and not fired(closed)
+    assert not transport.aborted and not closed.called
     clock.advance(0.2)
     assert transport.aborted
     client.connectionLost()

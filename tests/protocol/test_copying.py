@@ -21,8 +21,7 @@ from nixserve.protocol.server import ServeServer
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.memory import MemoryStore
-from nixserve.testing import addObject, makeInfo, makeNar
-from tests.protocol.fakes import ManualWorkers, Pair, SyncWorkers, result
+from nixserve.testing import ImmediateWorkers, ManualWorkers, Pair, addObject, makeInfo, makeNar, result
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +102,7 @@ class Copying:
     """
 
     def __init__(self, cut=1 << 20, announced=0x208):
-        self.workers = SyncWorkers()
+        self.workers = ImmediateWorkers()
         self.local, self.remote = MemoryStore(), MemoryStore()
         self.calls, self.failures = Counter(), {}
         store = SpyingStore(self.remote, self.calls, self.failures)

@@ -14,8 +14,7 @@ from nixserve.protocol.copying import CopyProgress, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.workers import Door
 from nixserve.store.memory import MemoryStore
-from nixserve.testing import Joined, addObject, makeInfo, makeNar
-from tests.protocol.fakes import ManualWorkers, SyncWorkers
+from nixserve.testing import ImmediateWorkers, Joined, ManualWorkers, addObject, makeInfo, makeNar
 
 WIDTH = 9
 """Objects in a layer of L{makeLayers}: more than one session takes at once."""
@@ -55,7 +54,7 @@ class Lanes(CopyProgress):
         """
         self.local, self.remote = MemoryStore(), MemoryStore()
         self.lanes = [Joined(self.remote) for _ in range(lanes)]
-        workers = workers or SyncWorkers()
+        workers = workers or ImmediateWorkers()
         self.heres = [DeferredSession(Door(workers), self.local.openSession()) for _ in self.lanes]
         self.clients = [lane.client for lane in self.lanes]
         self.source, self.target = (self.local, self.remote) if copy is upload else (self.remote, self.local)

@@ -12,8 +12,7 @@ from nixserve.errors import StoreError
 from nixserve.protocol.deferredsession import DeferredSession, openSession
 from nixserve.store.api import Busy
 from nixserve.store.memory import MemoryStore
-from nixserve.testing import addObject, makeInfo, makeNar
-from tests.protocol.fakes import ManualWorkers, RecordingStore, SyncWorkers, result
+from nixserve.testing import FakeStore, ImmediateWorkers, ManualWorkers, addObject, makeInfo, makeNar, result
 
 NAR = makeNar(b"contents")
 LIB = makeInfo("lib", NAR)
@@ -57,8 +56,8 @@ def test_passesOn():
 
 def test_closureWithOutputs():
     """Whether outputs belong to a closure is passed on."""
-    store = RecordingStore()
-    here = result(DeferredSession.open(store, SyncWorkers()))
+    store = FakeStore()
+    here = result(DeferredSession.open(store, ImmediateWorkers()))
     result(here.queryClosure([], includeOutputs=True))
     result(here.queryClosure([]))
     assert store.calls[1:] == [("queryClosure", ([], True)), ("queryClosure", ([], False))]
@@ -66,17 +65,17 @@ def test_closureWithOutputs():
 
 def test_openingFails():
     """A store that cannot be opened says why."""
-    store = RecordingStore()
-    store.failures["openSession"] = [StoreError("no such store")]
+    store = FakeStore()
+    store.fail("openSession", StoreError("no such store"))
     with pytest.raises(StoreError, match="no such store"):
-        result(DeferredSession.open(store, SyncWorkers()))
+        result(DeferredSession.open(store, ImmediateWorkers()))
 
 
 def test_waitsForLocks():
     """Somebody else's lock is waited for; who opened the session hears of it if that takes long."""
-    store, workers, waits = RecordingStore(), SyncWorkers(), []
+    store, workers, waits = FakeStore(), ImmediateWorkers(), []
     opening = DeferredSession.open(store, workers, waits.append)
-    store.failures["addTempRoots"] = [Busy("the collector")] * 50
+    store.fail("addTempRoots", *[Busy("the collector")] * 50)
     rooted = result(opening).addTempRoots([])
     while not rooted.called:
         workers.reactor.advance(0.1)
@@ -85,21 +84,21 @@ def test_waitsForLocks():
 
 def test_closeGivesUp():
     """Closing waits for nobody's lock: what does is cancelled, with all behind it, and the session is closed."""
-    store, workers = RecordingStore(), SyncWorkers()
+    store, workers = FakeStore(), ImmediateWorkers()
     here = result(DeferredSession.open(store, workers))
-    store.failures["addTempRoots"] = [Busy("the collector")] * 1000
+    store.fail("addTempRoots", *[Busy("the collector")] * 1000)
     pending = [here.addTempRoots([]), here.queryValidPaths([])]
     closing = here.close()
     for one in pending:
         with pytest.raises(CancelledError):
             result(one)
     assert result(closing) is None
-    assert store.names() == ["openSession", "addTempRoots", "close"] and not workers.reactor.getDelayedCalls()
+    assert store.names == ["openSession", "addTempRoots", "close"] and not workers.reactor.getDelayedCalls()
 
 
 def test_closeWaitsForTheWorker():
     """What runs in a thread is not interrupted, but nobody hears of it, and the session is closed after it."""
-    store, workers = RecordingStore(), ManualWorkers()
+    store, workers = FakeStore(), ManualWorkers()
     opening = DeferredSession.open(store, workers)
     workers.drain()
     here = result(opening)
@@ -111,16 +110,16 @@ def test_closeWaitsForTheWorker():
     assert not workers.waiting and not closing.called
     arrive()
     workers.drain()
-    assert result(closing) is None and store.names() == ["openSession", "queryValidPaths", "close"]
+    assert result(closing) is None and store.names == ["openSession", "queryValidPaths", "close"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_onClose(fails):
     """Who wants to know hears once that the session has been closed, also if that fails."""
-    store, closed = RecordingStore(), []
-    here = result(DeferredSession.open(store, SyncWorkers()))
-    here = DeferredSession(here.door, here.session, lambda: closed.append(store.names()))
-    store.failures["close"] = [StoreError("a full disk")] if fails else []
+    store, closed = FakeStore(), []
+    here = result(DeferredSession.open(store, ImmediateWorkers()))
+    here = DeferredSession(here.door, here.session, lambda: closed.append(store.names))
+    store.fail("close", *([StoreError("a full disk")] if fails else []))
     closing = here.close()
     if fails:
         with pytest.raises(StoreError, match="a full disk"):
@@ -132,10 +131,10 @@ def test_onClose(fails):
 @pytest.mark.parametrize("error", [None, StoreError("something else")])
 def test_asyncWith(error):
     """The session is closed at the end of the block, whatever ends it, and the block's exception goes on."""
-    store = RecordingStore()
+    store = FakeStore()
 
     async def block():
-        async with await DeferredSession.open(store, SyncWorkers()) as here:
+        async with await DeferredSession.open(store, ImmediateWorkers()) as here:
             assert await here.queryValidPaths([]) == set()
             if error is not None:
                 raise error
@@ -146,7 +145,7 @@ def test_asyncWith(error):
     else:
         with pytest.raises(StoreError, match="something else"):
             result(done)
-    assert store.names() == ["openSession", "queryValidPaths", "close"]
+    assert store.names == ["openSession", "queryValidPaths", "close"]
 
 
 def threads():

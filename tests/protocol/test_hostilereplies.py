@@ -25,8 +25,7 @@ from nixserve.errors import RemoteError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import copyClosure
 from nixserve.store.memory import MemoryStore
-from nixserve.testing import Joined, addObject, makeInfo, makeNar
-from tests.protocol.fakes import RecordingTransport, fired, result
+from nixserve.testing import Joined, RecordingTransport, addObject, makeInfo, makeNar, result
 from tests.protocol.test_clientrequests import alone
 from tests.vectors.serve.messages import DERIVATION, LIB, ONES_DRV, SERVER_MAGIC, STORE_DIR, ZEROS, nar, path, wire
 
@@ -194,7 +193,7 @@ def test_manyInfosAreAskedForInParts():
         infos = {each: makeInfo("x", b"x", path=each) for each in stop.value.value.paths}
         client.dataReceived(writeReply(Command.QUERY_PATH_INFOS, infos, 0x208))
     assert sizes == [MAX_INFOS_ASKED, MAX_INFOS_ASKED, 1] and seen == set(paths)
-    assert fired(asked) and result(asked).keys() == set(paths)
+    assert asked.called and result(asked).keys() == set(paths)
 
 
 def test_manyLargeInfos(monkeypatch):

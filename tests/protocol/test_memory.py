@@ -8,7 +8,6 @@ from twisted.internet.task import Clock
 from nixserve.errors import PolicyError
 from nixserve.protocol.limits import Limits
 from nixserve.protocol.memory import LOOK_SECONDS, Memory
-from tests.protocol.fakes import fired
 
 MIB = 1024 * 1024
 
@@ -51,7 +50,7 @@ class Holder:
     @property
     def goesOn(self):
         """Does it not wait?"""
-        return self.waiting is None or fired(self.waiting)
+        return self.waiting is None or self.waiting.called
 
     def done(self):
         """Its request is over."""

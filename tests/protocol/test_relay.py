@@ -20,7 +20,7 @@ from nixserve.protocol.relay import RelayFactory
 from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.stdio import MAX_ERROR_BUFFER
 from nixserve.protocol.workers import Workers
-from tests.protocol.fakes import RecordingStore
+from nixserve.testing import FakeStore
 from tests.vectors.serve.messages import CLIENT_MAGIC, SERVER_MAGIC, ZEROS, captured, wire
 
 HEADER = RelayHeader("read,write,build,trust").encode()
@@ -33,7 +33,7 @@ class Service:
 
     def __init__(self, address):
         self.address = str(address)
-        self.store = RecordingStore()
+        self.store = FakeStore()
         self.workers = Workers(reactor)
         self.sessions = ServeSessions(self.store, self.workers, reactor, lambda uri: uri == "auto")
 
@@ -168,7 +168,7 @@ def test_badHeader(service, header, text):
     """Who is not let in hears why, in frames, with exit status 1; no session begins."""
     output, errors, status = yield service.ask(header + b"more" * 10, halfClose=False)
     assert output == b"" and errors.startswith(b"error: ") and text in errors and errors.endswith(b"\n")
-    assert status == 1 and service.store.names() == []
+    assert status == 1 and service.store.names == []
 
 
 @pytest_twisted.inlineCallbacks
@@ -182,13 +182,13 @@ def test_storeThatIsServed(service):
 def test_endBeforeTheHeader(service, data):
     """A relay that ends without a header gets nothing."""
     assert (yield service.ask(data)) == (b"", b"", None)
-    assert service.store.names() == []
+    assert service.store.names == []
 
 
 @pytest_twisted.inlineCallbacks
 def test_halfClose(service):
     """The end of the relay's input is the client's end of input: what was asked is still answered."""
-    service.store.big[ZEROS] = [bytes(256 * 1024)] * 40
+    service.store.madeUp[ZEROS] = [bytes(256 * 1024)] * 40
     output, errors, status = yield service.ask(HEADER + HELLO + wire(3, ZEROS))
     assert (len(output), errors, status) == (len(ANSWER) + 40 * 256 * 1024, b"", 0)
 
@@ -203,20 +203,20 @@ def test_relayGone(service):
         sock.recv(100)
         sock.close()
 
-    service.store.big[ZEROS] = [bytes(256 * 1024)] * 400
+    service.store.madeUp[ZEROS] = [bytes(256 * 1024)] * 400
     yield deferToThread(work)
     for _ in range(500):
-        if "close" in service.store.names():
+        if "close" in service.store.names:
             break
         yield deferLater(reactor, 0.01, lambda: None)
-    assert service.store.names()[-1] == "close"
+    assert service.store.names[-1] == "close"
     assert service.store.chunksRead < 100
 
 
 @pytest_twisted.inlineCallbacks
 def test_relayThatReadsNothing(service):
     """A relay whose own output is stuck stops the reading of files."""
-    service.store.big[ZEROS] = [bytes(256 * 1024)] * 400
+    service.store.madeUp[ZEROS] = [bytes(256 * 1024)] * 400
     sock = service.connect()
     sock.sendall(HEADER + HELLO + wire(3, ZEROS))
     yield deferLater(reactor, 0.5, lambda: None)

@@ -17,7 +17,8 @@ from nixserve.protocol.server import MAX_POSTPONED, MAX_SMALL_NAR, MAX_UNREAD, S
 from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.streams import MAX_QUEUED, READ_AHEAD
 from nixserve.store.api import Busy, InvalidPath
-from tests.protocol.fakes import ManualWorkers, RecordingStore, RecordingTransport, SyncWorkers, fired, result
+from nixserve.testing import FakeStore, ImmediateWorkers, ManualWorkers, RecordingTransport, result
+from tests.protocol.vectorstore import storeWith
 from tests.vectors.serve.messages import (
     APP,
     CLIENT_MAGIC,
@@ -59,8 +60,8 @@ class Session:
     """One session with everything around it."""
 
     def __init__(self, store=None, workers=None, policy=EVERYTHING, capacity=1 << 60):
-        self.store = store or RecordingStore()
-        self.workers = workers or SyncWorkers()
+        self.store = store or FakeStore()
+        self.workers = workers or ImmediateWorkers()
         self.clock = self.workers.reactor
         self.transport = RecordingTransport(capacity)
         self.server = ServeServer(self.store, self.workers, policy, Peer("here", "key", 7), self.clock)
@@ -107,8 +108,8 @@ class Session:
     def ended(self, status, error=""):
         """Check that the session has ended, and that it ended once and cleanly."""
         assert (self.transport.status, self.errors) == (status, error)
-        assert fired(self.server.ended)
-        assert self.store.names().count("close") == len(self.store.sessions) <= 1
+        assert self.server.ended.called
+        assert self.store.names.count("close") == len(self.store.sessions) <= 1
         if self.store.sessions:
             assert self.store.calls[-1][0] == "close"
         assert self.transport.exits == 1 and self.transport.late == b""
@@ -118,7 +119,7 @@ class Session:
 
 def sessionOf(*infos, **more):
     """A session on a store with some paths."""
-    return Session(RecordingStore(*infos), **more)
+    return Session(storeWith(*infos), **more)
 
 
 # --- conversations ------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def test_answersAsRealNix(minor, size):
     session.send(*[request[i : i + size] for i in range(0, len(request), size)]).eof().ended(0)
     assert session.transport.written[:16] == ANSWER
     assert session.transport.written[16:] == reply[16:]
-    assert session.store.valid(LIB, APP, IMPORTED) == [LIB, APP, IMPORTED]
+    assert session.store.valid([LIB, APP, IMPORTED]) == [LIB, APP, IMPORTED]
 
 
 def test_handshake():
@@ -173,8 +174,8 @@ def test_endOfInputAtEveryByte():
             session.ended(0)
         else:
             session.ended(1, "error: unexpected end-of-file\n")
-        assert session.store.valid(LIB) == [LIB] * (end >= starts[1]), end
-        assert session.store.valid(IMPORTED) == [IMPORTED] * (end >= imported), end
+        assert session.store.valid([LIB]) == [LIB] * (end >= starts[1]), end
+        assert session.store.valid([IMPORTED]) == [IMPORTED] * (end >= imported), end
     assert session.transport.written.endswith(nar(CONTENTS[LIB.path]))
 
 
@@ -191,7 +192,7 @@ def test_addToStoreNar():
     """A path is registered as it was described, before the answer: a large one while it comes, a small one whole."""
     for info, request, last in ((LIB, addRequest(LIB), "addSmallPaths"), (LARGE, ADD_LARGE, "finish")):
         session = Session(workers=ManualWorkers()).send(HELLO + request)
-        while session.store.names()[-1:] != [last]:
+        while session.store.names[-1:] != [last]:
             assert session.transport.written in (b"", ANSWER)
             session.step()
         session.drain()
@@ -203,7 +204,7 @@ def test_addToStoreNar():
 def test_stillOpenAfterTheReply():
     """A session goes on until the client ends it."""
     session = Session().send(HELLO + wire(1, 0, 0, []))
-    assert session.transport.status is None and not fired(session.server.ended)
+    assert session.transport.status is None and not session.server.ended.called
     session.send(wire(2, [])).eof().ended(0)
 
 
@@ -225,7 +226,7 @@ def test_readOnly(command, text):
     assert session.transport.status is None
     session.send(wire(command)[7:]).ended(1, f"error: {text}\n")
     assert session.transport.written == ANSWER
-    assert session.store.names() == ["openSession", "close"]
+    assert session.store.names == ["openSession", "close"]
 
 
 @pytest.mark.parametrize(
@@ -281,9 +282,9 @@ def test_queriesRootWhatTheyAskFor(policy, rooted, flags):
 def test_everyQueryRoots(request_, call):
     """So does every command that says what is there."""
     session = sessionOf(LIB).send(HELLO + request_).eof().ended(0)
-    assert session.store.names() == ["openSession", "addTempRoots", call, "close"]
+    assert session.store.names == ["openSession", "addTempRoots", call, "close"]
     session = sessionOf(LIB, policy=READ_ONLY).send(HELLO + request_).eof().ended(0)
-    assert session.store.names() == ["openSession", call, "close"]
+    assert session.store.names == ["openSession", call, "close"]
 
 
 def test_rootsLastAsLongAsTheSession():
@@ -361,30 +362,20 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+@pytest.mark.parametrize("workers", [ImmediateWorkers, ManualWorkers])
 @pytest.mark.parametrize(("error", "line"), ERRORS, ids=["store", "path", "system", "file", "bug"])
 @pytest.mark.parametrize(("call", "request_"), FAILING)
 def test_failuresInTheStore(call, request_, error, line, workers, logged):
     """Whatever fails wherever: one line, exit status 1, everything freed; a bug tells the peer nothing of itself."""
-    session = Session(RecordingStore(), workers())
-    session.store.failures[call] = [error]
-    if call == "openSession" and isinstance(session.workers, SyncWorkers):
-        session.store.failures = {}
-        session = _SessionThatFailsToOpen(error)
-    session.send(HELLO + request_)
+    store = FakeStore()
+    store.fail(call, error)
+    session = Session(store, workers()).send(HELLO + request_)
     if isinstance(session.workers, ManualWorkers):
         session.drain()
     session.ended(1, line)
-    assert session.store.valid(LIB, LARGE) == []
+    assert session.store.valid([LIB, LARGE]) == []
     assert "secret" not in session.errors
     assert [event for event in logged if str(event.get("log_level")).endswith(("warn>", "critical>"))]
-
-
-class _SessionThatFailsToOpen(Session):
-    def __init__(self, error):
-        store = RecordingStore()
-        store.failures["openSession"] = [error]
-        super().__init__(store)
 
 
 def test_failureWhileTheNarArrives():
@@ -397,7 +388,7 @@ def test_failureWhileTheNarArrives():
     session.send(CHUNK).ended(1, session.errors)
 
 
-@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+@pytest.mark.parametrize("workers", [ImmediateWorkers, ManualWorkers])
 def test_wrongHash(workers):
     """A NAR that is not what was said is not registered."""
     session = Session(workers=workers())
@@ -406,7 +397,7 @@ def test_wrongHash(workers):
         session.drain()
     assert "hash mismatch importing path" in session.errors
     session.ended(1, session.errors)
-    assert session.replies == b"" and session.store.valid(LIB) == []
+    assert session.replies == b"" and session.store.valid([LIB]) == []
 
 
 def test_importKeepsWhatWasComplete():
@@ -414,13 +405,13 @@ def test_importKeepsWhatWasComplete():
     session = Session().send(HELLO + wire(4) + exportItem(LIB) + exportItem(APP)[:60] + b"garbage!" * 20)
     assert "bad archive" in session.errors
     session.ended(1, session.errors)
-    assert session.store.valid(LIB, APP) == [LIB]
+    assert session.store.valid([LIB, APP]) == [LIB]
 
 
 def test_readingFailsHalfway():
     """If a path cannot be read to its end the client sees part of a NAR, the line, and the end."""
     session = Session(workers=ManualWorkers())
-    session.store.big[ZEROS] = [CHUNK, CHUNK, CHUNK, OSError(5, "Input/output error")]
+    session.store.madeUp[ZEROS] = [CHUNK, CHUNK, CHUNK, OSError(5, "Input/output error")]
     session.send(HELLO + wire(3, ZEROS) + wire(1, 0, 0, [])).drain().ended(1, "error: Input/output error\n")
     assert session.replies == CHUNK * 3
 
@@ -473,7 +464,7 @@ def batches(session, name="addSmallPaths"):
     return [len(args[0]) for called, args in session.store.calls if called == name]
 
 
-@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+@pytest.mark.parametrize("workers", [ImmediateWorkers, ManualWorkers])
 def test_smallPathsTogether(workers):
     """Small paths that are here already are added in one turn of a worker, and each is acknowledged."""
     infos, requests = smallObjects(40)
@@ -487,7 +478,7 @@ def test_smallPathsTogether(workers):
         assert not session.workers.waiting
     assert batches(session) == [40]
     assert session.replies == wire(1) * 40
-    assert len(session.store.valid(*infos)) == 40
+    assert len(session.store.valid(infos)) == 40
     session.eof()
     if workers is ManualWorkers:
         session.drain()
@@ -528,18 +519,15 @@ def test_batchInParts():
     """A store that adds fewer at once is called again for the rest; what it has added is acknowledged meanwhile."""
     infos, requests = smallObjects(5)
     session = Session(workers=ManualWorkers()).send(HELLO).drain()
-    inner = session.store.perform
-    session.store.perform = lambda name, function, args: (
-        session.store.calls.append((name, args)) or session.store.sessions[0]._inner.addSmallPaths(args[0][:2])
-        if name == "addSmallPaths"
-        else inner(name, function, args)
-    )
+    (inner,) = session.store.sessions
+    addSmallPaths, asked = inner.addSmallPaths, []
+    inner.addSmallPaths = lambda objects: asked.append(len(objects)) or addSmallPaths(objects[:2])
     session.send(b"".join(requests))
     for acknowledged in (2, 4, 5):
         session.step()
         assert session.replies == wire(1) * acknowledged
-    assert batches(session) == [5, 3, 1]
-    assert len(session.store.valid(*infos)) == 5
+    assert asked == [5, 3, 1]
+    assert len(session.store.valid(infos)) == 5
 
 
 @pytest.mark.parametrize("cut", [1 << 20, 1, 97])
@@ -552,7 +540,7 @@ def test_refusedAmongSmallOnes(cut):
     assert f"hash mismatch importing path '{infos[3].path}'" in session.errors
     session.ended(1, session.errors)
     assert session.replies == wire(1) * 3
-    assert session.store.valid(*infos) == infos[:3]
+    assert session.store.valid(infos) == infos[:3]
 
 
 @pytest.mark.parametrize(
@@ -566,7 +554,7 @@ def test_refusedAmongSmallOnes(cut):
         (wire(3, path("missing")), f"path '{path('missing')}' is not valid"),
     ],
 )
-@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+@pytest.mark.parametrize("workers", [ImmediateWorkers, ManualWorkers])
 def test_badRequestBehindSmallOnes(data, text, workers, logged):
     """What is wrong with a request is said after those before it have been answered."""
     infos, requests = smallObjects(3)
@@ -576,7 +564,7 @@ def test_badRequestBehindSmallOnes(data, text, workers, logged):
         session.drain()
     session.ended(1, f"error: {text}\n")
     assert session.replies == wire(1) * 3 + nar(b"0" + bytes(10))
-    assert session.store.valid(*infos) == infos
+    assert session.store.valid(infos) == infos
 
 
 def test_refusedInABatchIsLogged(logged):
@@ -592,7 +580,7 @@ def test_largeBehindSmall():
     _, requests = smallObjects(3)
     session = Session(workers=ManualWorkers())
     session.send(HELLO + requests[0] + requests[1] + ADD_LARGE + requests[2]).eof().drain().ended(0)
-    names = [name for name in session.store.names() if name in ("addSmallPaths", "finish")]
+    names = [name for name in session.store.names if name in ("addSmallPaths", "finish")]
     assert names == ["addSmallPaths", "finish", "addSmallPaths"]
     assert session.replies == wire(1) * 4
 
@@ -661,7 +649,7 @@ def test_lockedAmongSmallOnes():
     writer.abort()
     session.clock.pump([1] * 3)
     assert session.replies == wire(1) * 3
-    assert session.store.valid(*infos) == infos
+    assert session.store.valid(infos) == infos
 
 
 # --- waiting for locks --------------------------------------------------------------------------------------
@@ -670,7 +658,7 @@ def test_lockedAmongSmallOnes():
 def test_busy():
     """A lock that somebody else holds is waited for without a worker, and after two seconds the client is told."""
     session = sessionOf(LIB)
-    session.store.failures["addTempRoots"] = [Busy("the garbage collector")] * 12
+    session.store.fail("addTempRoots", *[Busy("the garbage collector")] * 12)
     session.send(HELLO + wire(1, 1, 0, [LIB.path]))
     assert session.replies == b"" and session.transport.status is None
     calls = session.workers.calls
@@ -680,7 +668,7 @@ def test_busy():
     assert session.errors == "waiting for the garbage collector...\n"
     assert session.replies == wire([LIB.path])
     session.eof()
-    assert session.transport.status == 0 and fired(session.server.ended)
+    assert session.transport.status == 0 and session.server.ended.called
 
 
 @pytest.mark.parametrize(
@@ -698,23 +686,23 @@ def test_busy():
 def test_endsWhileWaitingForALock(call, request_, how):
     """A session that ends while it waits for a lock frees everything at once and stops waiting."""
     session = sessionOf()
-    session.store.failures[call] = [Busy("a lock")] * 10_000
+    session.store.fail(call, *[Busy("a lock")] * 10_000)
     session.send(HELLO + request_)
     session.clock.pump([0.01] * 20)
-    tries = session.store.names().count(call)
-    assert tries > 1 and not fired(session.server.ended)
+    tries = session.store.names.count(call)
+    assert tries > 1 and not session.server.ended.called
     if how == "lose":
         session.lose().ended(1)
     else:
         session.server.stop()
         session.ended(1, "error: the server is being stopped; try again later\n")
     session.clock.pump([1] * 20)
-    assert session.store.names().count(call) == tries
+    assert session.store.names.count(call) == tries
 
 
 def test_lockOfAnotherSession():
     """Two sessions that add the same path: the second waits, then finds it there."""
-    store = RecordingStore()
+    store = FakeStore()
     first, second = Session(store), Session(store)
     first.send(HELLO + ADD_LARGE[:-8])
     second.send(HELLO + ADD_LARGE)
@@ -728,14 +716,14 @@ def test_lockOfAnotherSession():
 
 def test_lockIsFreedByTheEnd():
     """A path that a lost session was adding can be added by the next."""
-    store = RecordingStore()
+    store = FakeStore()
     first, second = Session(store), Session(store)
     first.send(HELLO + ADD_LARGE[:-8])
     second.send(HELLO + ADD_LARGE)
     assert second.replies == b""
     first.lose()
     second.clock.pump([0.1] * 5)
-    assert second.replies == wire(1) and store.valid(LARGE) == [LARGE]
+    assert second.replies == wire(1) and store.valid([LARGE]) == [LARGE]
 
 
 # --- slow peers ---------------------------------------------------------------------------------------------
@@ -761,7 +749,7 @@ def test_slowStorePausesThePeer():
         arrive()
     assert sent > 10 * MAX_QUEUED
     session.lose().drain()
-    assert fired(session.server.ended)
+    assert session.server.ended.called
 
 
 def test_slowStoreHoldsLittleMemory():
@@ -821,11 +809,11 @@ def test_pausedForTwoReasons():
 def test_slowReaderPausesTheStore():
     """A client that does not read stops the reading of files; it goes on where it stopped."""
     session = Session(workers=ManualWorkers(), capacity=64 * 1024)
-    session.store.big[ZEROS] = [CHUNK] * 100
+    session.store.madeUp[ZEROS] = [CHUNK] * 100
     session.send(HELLO + wire(3, ZEROS) + wire(1, 0, 0, [])).drain()
     assert session.store.chunksRead == 2 * READ_AHEAD // len(CHUNK)
     assert len(session.replies) == READ_AHEAD
-    while session.transport.unread:
+    while session.transport.unsent:
         session.transport.take()
         session.drain()
         assert session.transport.mostUnread <= READ_AHEAD + 64 * 1024 + len(ANSWER)
@@ -836,7 +824,7 @@ def test_slowReaderPausesTheStore():
 def test_readerThatNeverReads():
     """A client that does not read for ten minutes is given up."""
     session = Session(workers=ManualWorkers(), capacity=64 * 1024)
-    session.store.big[ZEROS] = [CHUNK] * 100
+    session.store.madeUp[ZEROS] = [CHUNK] * 100
     session.send(HELLO + wire(3, ZEROS)).drain()
     session.clock.pump([10] * int(STALL_SECONDS / 10 * 2))
     session.drain()
@@ -860,7 +848,7 @@ def test_writerThatStalls(data):
 def halfClosedDownload():
     """A session whose client has asked for something large, sent EOF, and reads."""
     session = Session(workers=ManualWorkers(), capacity=64 * 1024)
-    session.store.big[ZEROS] = [CHUNK] * 100
+    session.store.madeUp[ZEROS] = [CHUNK] * 100
     return session.send(HELLO + wire(3, ZEROS)).drain().eof()
 
 
@@ -892,7 +880,7 @@ def test_halfClosedReaderThatIsSlow():
         session.clock.pump([0.1] * 19)
         session.transport.take(1000)
     assert session.transport.status is None
-    while session.transport.unread:
+    while session.transport.unsent:
         session.transport.take()
         session.drain()
     assert session.replies == CHUNK * 100
@@ -920,20 +908,20 @@ def test_slowStoreIsNotTheClientsFault():
 def test_heldLockIsNotTheClientsFault():
     """A lock that somebody holds for an hour, while the client waits to send more, is no stall either."""
     session = Session().send(HELLO)
-    session.store.failures["addToStore"] = [Busy("the lock on 'x'", 1.0)] * 10_000
+    session.store.fail("addToStore", *[Busy("the lock on 'x'", 1.0)] * 10_000)
     session.send(BIG + BIG_NAR + bytes(2 * MAX_QUEUED))
     session.clock.pump([60] * 60)
     assert session.transport.paused and session.transport.status is None
     session.lose()
-    assert fired(session.server.ended)
+    assert session.server.ended.called
 
 
 def test_sessionThatNeverBegan():
     """A session that was given out and never connected does not keep the server from stopping."""
-    sessions = ServeSessions(RecordingStore(), SyncWorkers(), SyncWorkers().reactor)
+    sessions = ServeSessions(FakeStore(), ImmediateWorkers(), ImmediateWorkers().reactor)
     sessions.buildSession(EVERYTHING, Peer("nowhere"))
     assert len(sessions) == 1
-    assert fired(sessions.stop())
+    assert sessions.stop().called
     assert len(sessions) == 0
 
 
@@ -965,7 +953,7 @@ def inState(name):
     """
     data, running = STATES[name]
     session = Session(workers=ManualWorkers())
-    session.store.big[ZEROS] = [CHUNK] * 10
+    session.store.madeUp[ZEROS] = [CHUNK] * 10
     if name == "while the session opens":
         return session, session.workers.run()
     session.drain().send(data)
@@ -988,7 +976,7 @@ def test_connectionLost(state, reason, logged):
     before = bytes(session.transport.written)
     session.lose(reason)
     if arrive is not None:
-        assert not fired(session.server.ended) and "close" not in session.store.names()
+        assert not session.server.ended.called and "close" not in session.store.names
         arrive()
     session.drain().ended(1)
     assert session.transport.written == before
@@ -996,10 +984,10 @@ def test_connectionLost(state, reason, logged):
     session.eof()
     assert not session.workers.waiting and session.transport.exits == 1
     assert not [event for event in logged if event.get("log_failure")]
-    assert session.store.valid(LARGE) == [LARGE] * (
-        state == "while a NAR is finished" and "finish" in session.store.names()
+    assert session.store.valid([LARGE]) == [LARGE] * (
+        state == "while a NAR is finished" and "finish" in session.store.names
     )
-    assert session.store.valid(LIB, APP) == [LIB] * (state == "while small ones are added")
+    assert session.store.valid([LIB, APP]) == [LIB] * (state == "while small ones are added")
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -1055,7 +1043,7 @@ def test_lostConnectionStopsPipelinedRequests():
     session.lose()
     arrive()
     session.drain().ended(1)
-    assert session.store.names() == ["openSession", "addTempRoots", "queryValidPaths", "close"]
+    assert session.store.names == ["openSession", "addTempRoots", "queryValidPaths", "close"]
 
 
 def test_bytesAfterTheEnd():
@@ -1084,9 +1072,9 @@ def test_interruptsTheStore(working):
 def test_closingFails(logged):
     """If the store cannot free the session, the log says so, and the session has ended."""
     session = Session()
-    session.store.failures["close"] = [OSError("no")]
+    session.store.fail("close", OSError("no"))
     session.send(HELLO).eof()
-    assert fired(session.server.ended) and session.transport.status == 0
+    assert session.server.ended.called and session.transport.status == 0
     assert [event for event in logged if "closing session" in str(event.get("log_format"))]
 
 
@@ -1095,7 +1083,7 @@ def test_closingFails(logged):
 
 def test_sessions():
     """A service counts its sessions, and stopping ends them all and waits for what they hold."""
-    store, workers = RecordingStore(), ManualWorkers()
+    store, workers = FakeStore(), ManualWorkers()
     sessions = ServeSessions(store, workers, workers.reactor, lambda uri: uri == "auto")
     assert sessions.isServed("auto") and not sessions.isServed("/other")
     transports = [RecordingTransport() for _ in range(3)]
@@ -1107,26 +1095,26 @@ def test_sessions():
     workers.drain()
     assert len(sessions) == 2 and transports[0].status == 1
     stopped = sessions.stop()
-    assert not fired(stopped)
+    assert not stopped.called
     workers.drain()
     assert result(stopped) is None and len(sessions) == 0
     assert [transport.errors for transport in transports[1:]] == [
         b"error: the server is being stopped; try again later\n"
     ] * 2
-    assert store.names().count("close") == 3
+    assert store.names.count("close") == 3
 
 
 def test_noSessions():
     """Without sessions there is nothing to wait for, and no other store is served unless told."""
-    sessions = ServeSessions(RecordingStore(), SyncWorkers(), SyncWorkers().reactor)
+    sessions = ServeSessions(FakeStore(), ImmediateWorkers(), ImmediateWorkers().reactor)
     assert result(sessions.stop()) is None
     assert not sessions.isServed("auto")
 
 
 def test_waitTellsNoPath():
     """Who waits for a lock hears of which object, not where it lies."""
-    store = RecordingStore()
-    store.failures["queryValidPaths"] = [Busy(f"the lock on '/secret/store/{LIB.path.baseName}'")] * 500
+    store = FakeStore()
+    store.fail("queryValidPaths", *[Busy(f"the lock on '/secret/store/{LIB.path.baseName}'")] * 500)
     session = Session(store).send(HELLO, wire(1, 0, 0, [LIB.path]))
     session.clock.pump([0.05] * 200)
     assert session.errors == f"waiting for the lock on '{LIB.path}'...\n"

@@ -14,9 +14,9 @@ from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOut
 from nixserve.codec.hashes import hashBytes
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer, Policy, Right
 from nixserve.protocol.server import STALL_SECONDS, ServeServer
+from nixserve.testing import FakeStore, ImmediateWorkers, RecordingTransport
 from tests.builder.outputsupport import add, diverted, root
 from tests.protocol.buildfakes import World, built, derivation, outputOf, pathOf
-from tests.protocol.fakes import RecordingStore, RecordingTransport, SyncWorkers, fired
 from tests.vectors.serve.messages import CLIENT_MAGIC, MINORS, OPTIONS_AT, SERVER_MAGIC, STORE_DIR, path, wire
 
 __all__ = ["diverted", "root"]
@@ -45,8 +45,8 @@ class Server:
     """
 
     def __init__(self, maxJobs=1, store=None, builds=True):
-        self.store = store or RecordingStore()
-        self.world = World(maxJobs, SyncWorkers())
+        self.store = store or FakeStore()
+        self.world = World(maxJobs, ImmediateWorkers())
         self.builds = self.world.builds if builds else None
 
     def session(self, minor=8, policy=EVERYTHING, key="key"):
@@ -101,7 +101,7 @@ class Session:
     def ended(self, status, errors=""):
         """It is over, and everything is free."""
         assert (self.transport.status, self.errors) == (status, errors)
-        assert fired(self.server.ended) and self.transport.late == b""
+        assert self.server.ended.called and self.transport.late == b""
         assert self.clock.getDelayedCalls() == []
         self.world.settle(builds=True).clean()
         return self
@@ -289,7 +289,7 @@ def test_eof(state):
     waited = "waiting for a free build slot: 1 builds are running, 0 wait before this\n" if state == "queued" else ""
     session.eof()
     assert (session.transport.status, session.errors) == (1, waited + INTERRUPTED)
-    assert session.replies == b"" and fired(session.server.ended)
+    assert session.replies == b"" and session.server.ended.called
     if state == "queued":
         other.finish("other").eof().ended(0)
     if state == "running":

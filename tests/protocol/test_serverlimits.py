@@ -19,8 +19,9 @@ from nixserve.protocol.server import (
 from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.turns import Turns
 from nixserve.store.memory import MemoryStore
-from tests.protocol.fakes import ManualWorkers, RecordingStore, RecordingTransport, fired
+from nixserve.testing import FakeStore, ManualWorkers, RecordingTransport
 from tests.protocol.test_server import ADD_LARGE, ANSWER, HELLO, Session
+from tests.protocol.vectorstore import storeWith
 from tests.vectors.serve.messages import LIB, narInfo, path, wire
 
 MIB = 1024 * 1024
@@ -30,16 +31,24 @@ INFOS = {each: narInfo(each.name, b"", *PATHS[:5]) for each in PATHS}
 LARGE_REPLY = wire(sorted(PATHS))
 
 
-class ManyPaths(RecordingStore):
-    """A store whose closures are large, and whose path infos are made up."""
+class ManyPaths(FakeStore):
+    """
+    A store whose closures are large, and whose path infos are made up.
 
-    def perform(self, name, function, args):
-        """As L{RecordingStore.perform}."""
-        if name == "queryClosure":
-            function = lambda: set(PATHS)  # noqa: E731
-        elif name == "queryPathInfos":
-            function = lambda: {each: INFOS[each] for each in args[0]}  # noqa: E731
-        return super().perform(name, function, args)
+    @ivar closure: that of any path.
+    """
+
+    closure = frozenset(PATHS)
+
+    def perform(self, method, *args, **kwargs):
+        """As L{FakeStore.perform}."""
+        if method.__name__ == "queryClosure":
+            self.record("queryClosure", *args)
+            return set(self.closure)
+        if method.__name__ == "queryPathInfos":
+            self.record("queryPathInfos", *args)
+            return {each: INFOS[each] for each in args[0]}
+        return super().perform(method, *args, **kwargs)
 
 
 class SharedWorkers(ManualWorkers):
@@ -87,7 +96,7 @@ class Crowd:
 
 def asked(store, name):
     """How often a store was asked for something."""
-    return store.names().count(name)
+    return store.names.count(name)
 
 
 # --- replies ------------------------------------------------------------------------------------------------
@@ -98,11 +107,11 @@ def test_repliesWaitForTheirReader():
     session = Session(ManyPaths(), ManualWorkers(), capacity=CAPACITY)
     session.send(HELLO + wire(7, 0, [LIB.path]) * 100).drain()
     assert asked(session.store, "queryClosure") == 1
-    assert session.transport.unread < CAPACITY + 256 * 1024
+    assert session.transport.unsent < CAPACITY + 256 * 1024
     for _ in range(1000):
         session.transport.take()
         session.drain()
-        assert session.transport.unread < CAPACITY + 256 * 1024
+        assert session.transport.unsent < CAPACITY + 256 * 1024
     assert session.replies == LARGE_REPLY * 100
     session.eof().drain().ended(0)
 
@@ -110,7 +119,7 @@ def test_repliesWaitForTheirReader():
 @pytest.mark.parametrize("request_", [wire(1, 0, 0, []), ADD_LARGE, wire(4, 0), wire(3, LIB.path)])
 def test_smallRepliesWaitForTheirReader(request_):
     """The same with replies that are small, acknowledgements too: they are no way to have us hold without bound."""
-    session = Session(RecordingStore(LIB), ManualWorkers(), capacity=CAPACITY)
+    session = Session(storeWith(LIB), ManualWorkers(), capacity=CAPACITY)
     session.send(HELLO).drain()
     session.transport.write(bytes(2 * CAPACITY))
     session.send(request_).drain()
@@ -140,7 +149,7 @@ def test_slowReaderOfReplies():
         session.clock.pump([STALL_SECONDS / 2])
         session.transport.take(1000)
     assert session.transport.status is None
-    while session.transport.unread:
+    while session.transport.unsent:
         session.transport.take()
     session.eof().drain()
     assert session.replies == LARGE_REPLY
@@ -155,7 +164,7 @@ def test_manyPathInfosComeInParts():
     session = Session(ManyPaths(), ManualWorkers(), capacity=CAPACITY)
     session.send(HELLO + wire(2, PATHS)).drain()
     assert asked(session.store, "queryPathInfos") < 20
-    while session.transport.unread:
+    while session.transport.unsent:
         session.transport.take()
         session.drain()
     calls = [args[0] for name, args in session.store.calls if name == "queryPathInfos"]
@@ -359,7 +368,7 @@ def test_smallRequestsAreNotLookedAt():
     session = Session(workers=ManualWorkers()).send(HELLO).drain()
     session.server._account.wait = None
     session.send(wire(1, 0, 0, 500), *[wire(each) for each in PATHS[:499]])
-    assert fired(session.server.ended) is False and session.transport.status is None
+    assert session.server.ended.called is False and session.transport.status is None
     session.lose().drain()
 
 
@@ -377,9 +386,8 @@ def test_clockOfLimits():
 
 def test_crowdOfLargeAnswers():
     """Short questions whose answers are large, which nobody reads, are not all answered before the first is counted."""
-    many = {path(f"q{n}") for n in range(30_000)}
     store = ManyPaths()
-    store.perform = lambda name, function, args: many if name == "queryClosure" else function()
+    store.closure = {path(f"q{n}") for n in range(30_000)}
     crowd = Crowd(store, keyMemory=24 * MIB)
     for _ in range(40):
         crowd.session(policy=EVERYTHING)
@@ -389,12 +397,12 @@ def test_crowdOfLargeAnswers():
     crowd.workers.drain()
     assert sum(server._held() for server, _ in crowd.all) < 30 * MIB
     # They are as many as fit, and the next one comes when one of these has been read.
-    answered = [transport for _, transport in crowd.all if transport.unread > 1000]
+    answered = [transport for _, transport in crowd.all if transport.unsent > 1000]
     assert len(answered) >= 2
-    while answered[0].unread:
+    while answered[0].unsent:
         answered[0].take()
         crowd.workers.drain()
-    assert len([transport for _, transport in crowd.all if transport.unread > 1000]) >= len(answered)
+    assert len([transport for _, transport in crowd.all if transport.unsent > 1000]) >= len(answered)
     crowd.end()
 
 

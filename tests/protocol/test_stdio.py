@@ -18,7 +18,7 @@ from nixserve.protocol.policy import EVERYTHING, Peer
 from nixserve.protocol.server import ServeServer
 from nixserve.protocol.stdio import MAX_ERROR_BUFFER, StdioTransport
 from nixserve.protocol.workers import Workers
-from tests.protocol.fakes import RecordingStore
+from nixserve.testing import FakeStore
 from tests.vectors.serve.messages import captured
 
 
@@ -352,7 +352,7 @@ def test_wholeSession(cut):
     request, reply = captured("conversation-2.7")
     workers = Workers(reactor)
     workers.start()
-    server = ServeServer(RecordingStore(), workers, EVERYTHING, Peer("pipe"), reactor)
+    server = ServeServer(FakeStore(), workers, EVERYTHING, Peer("pipe"), reactor)
     streams = Streams(server)
     try:
         for start in range(0, len(request), cut):

@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 from nixserve.protocol.streams import MAX_CHUNK, MAX_QUEUED, READ_AHEAD, NarInflow, NarOutflow, StallTimer, Throttle
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy
-from tests.protocol.fakes import ManualWorkers, RecordingTransport, SyncWorkers, fired, result
+from nixserve.testing import ImmediateWorkers, ManualWorkers, RecordingTransport, result
 
 
 class Writer:
@@ -56,7 +56,7 @@ class Inflow:
 
 def test_inflow():
     """Everything arrives in order, then the writer is finished."""
-    inflow = Inflow(SyncWorkers())
+    inflow = Inflow(ImmediateWorkers())
     for data in (b"a", b"b", b"c" * MAX_CHUNK):
         inflow.flow.write(data)
     inflow.flow.write(b"d")
@@ -69,7 +69,7 @@ def test_inflow():
 
 def test_emptyInflow():
     """A NAR of no bytes is begun and finished too: what is wrong with it is the writer's business."""
-    inflow = Inflow(SyncWorkers())
+    inflow = Inflow(ImmediateWorkers())
     assert result(inflow.end()) is None
     assert inflow.writer.finished == 1 and inflow.writer.pieces == []
 
@@ -124,7 +124,7 @@ def test_fullQueuePauses():
         inflow.workers.step()
     ended = inflow.end()
     inflow.workers.drain()
-    assert fired(ended) and not inflow.transport.paused
+    assert ended.called and not inflow.transport.paused
 
 
 @pytest.mark.parametrize("where", ["begin", "feed"])
@@ -180,7 +180,7 @@ def test_busyFeedsNothingTwice(where):
     for _ in range(4):
         inflow.workers.drain()
         inflow.workers.reactor.advance(1)
-    assert fired(ended)
+    assert ended.called
     assert b"".join(inflow.writer.pieces) == b"x" * MAX_CHUNK + b"y" and inflow.writer.finished == 1
 
 
@@ -222,7 +222,7 @@ AHEAD = READ_AHEAD // MAX_CHUNK
 """Chunks in one batch."""
 
 
-@pytest.mark.parametrize("workers", [SyncWorkers, ManualWorkers])
+@pytest.mark.parametrize("workers", [ImmediateWorkers, ManualWorkers])
 def test_outflow(workers):
     """Everything is written in order, and the producer unregistered."""
     transport, workers = RecordingTransport(), workers()
@@ -238,7 +238,7 @@ def test_outflow(workers):
 def test_emptyOutflow():
     """A stream of nothing ends."""
     transport = RecordingTransport()
-    assert result(NarOutflow(Door(SyncWorkers()), transport, Source([]).begin).start()) is None
+    assert result(NarOutflow(Door(ImmediateWorkers()), transport, Source([]).begin).start()) is None
 
 
 def test_slowReader():
@@ -251,12 +251,12 @@ def test_slowReader():
     ended = flow.start()
     workers.drain()
     assert flow.paused and source.read == 2 * AHEAD and len(transport.written) == READ_AHEAD
-    while transport.unread:
+    while transport.unsent:
         transport.take()
         workers.drain()
-        assert transport.unread <= 2 * READ_AHEAD
+        assert transport.unsent <= 2 * READ_AHEAD
         assert source.read * MAX_CHUNK - len(transport.written) <= READ_AHEAD
-    assert fired(ended) and len(transport.written) == 40 * MAX_CHUNK
+    assert ended.called and len(transport.written) == 40 * MAX_CHUNK
 
 
 def test_pausedBeforeTheFirstByte():
@@ -265,10 +265,10 @@ def test_pausedBeforeTheFirstByte():
     transport.write(bytes(100))
     ended = NarOutflow(Door(workers), transport, Source([b"x"]).begin).start()
     workers.drain()
-    assert len(transport.written) == 100 and not fired(ended)
+    assert len(transport.written) == 100 and not ended.called
     transport.take()
     workers.drain()
-    assert transport.written[100:] == b"x" and fired(ended)
+    assert transport.written[100:] == b"x" and ended.called
 
 
 def test_progress():
@@ -301,7 +301,7 @@ def test_outflowJoins():
     transport = RecordingTransport()
     writes = []
     transport.write = writes.append
-    NarOutflow(Door(SyncWorkers()), transport, Source([b"a", b"b", CHUNK, b"c", b"d" * 1000, b"e"]).begin).start()
+    NarOutflow(Door(ImmediateWorkers()), transport, Source([b"a", b"b", CHUNK, b"c", b"d" * 1000, b"e"]).begin).start()
     assert writes == [b"ab", CHUNK, b"c" + b"d" * 1000 + b"e"]
 
 
@@ -333,7 +333,7 @@ def test_lostTransport():
     workers.step()
     flow.stopProducing()
     workers.drain()
-    assert source.read == 2 * AHEAD and not fired(ended)
+    assert source.read == 2 * AHEAD and not ended.called
     ended.addErrback(lambda _: None)
     ended.cancel()
 
@@ -342,7 +342,7 @@ def test_manyBatchesWithoutRecursion():
     """A worker that is always faster than the transport does not pile up frames."""
     transport = RecordingTransport()
     chunks = [bytes(READ_AHEAD)] * 3000
-    ended = NarOutflow(Door(SyncWorkers()), _Drain(transport), Source(chunks).begin).start()
+    ended = NarOutflow(Door(ImmediateWorkers()), _Drain(transport), Source(chunks).begin).start()
     assert result(ended) is None
 
 

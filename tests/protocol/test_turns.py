@@ -3,7 +3,7 @@
 import pytest
 
 from nixserve.protocol.turns import Turns
-from tests.protocol.fakes import ManualWorkers, fired, result
+from nixserve.testing import ManualWorkers, result
 
 
 class Shared:
@@ -62,7 +62,7 @@ def test_resultsAndFailuresArrive():
     shared.workers.step()
     with pytest.raises(ZeroDivisionError):
         result(failed)
-    assert not fired(returned)
+    assert not returned.called
     shared.workers.step()
     assert result(returned) == 3
 

@@ -11,7 +11,7 @@ from twisted.internet.threads import deferToThread
 
 from nixserve.protocol.workers import MAX_RETRY, WAIT_NOTICE, Door, Workers
 from nixserve.store.api import Busy
-from tests.protocol.fakes import ManualWorkers, SyncWorkers, fired, result
+from nixserve.testing import ImmediateWorkers, ManualWorkers, result
 
 
 class Lock:
@@ -32,7 +32,7 @@ class Lock:
 
 def test_callsAndFailures():
     """What a function returns or raises comes back; arguments arrive."""
-    door = Door(SyncWorkers())
+    door = Door(ImmediateWorkers())
     assert result(door.call(lambda a, b=0: (a, b), 1, b=2)) == (1, 2)
     with pytest.raises(ZeroDivisionError):
         result(door.call(lambda: 1 / 0))
@@ -47,10 +47,10 @@ def test_oneAtATimeInOrder():
     arrive = workers.run()
     assert (done, len(workers.waiting)) == ([1], 0)
     arrive()
-    assert len(workers.waiting) == 1 and not fired(results[1])
+    assert len(workers.waiting) == 1 and not results[1].called
     workers.drain()
     assert done == [1, 3]
-    assert [fired(one) for one in results] == [True] * 3
+    assert [one.called for one in results] == [True] * 3
     results[1].addErrback(lambda failure: failure.trap(ZeroDivisionError))
 
 
@@ -66,10 +66,10 @@ def test_callsFromResults():
 
 def test_busyIsTriedAgain():
     """Busy never reaches the caller: the call is made again, with growing pauses, until it is not busy."""
-    workers = SyncWorkers()
+    workers = ImmediateWorkers()
     clock, lock = workers.reactor, Lock(times=20)
     waiting = Door(workers).call(lock.take, clock)
-    while not fired(waiting):
+    while not waiting.called:
         clock.advance(0.001)
     assert result(waiting) == "mine"
     pauses = [b - a for a, b in pairwise(lock.tries)]
@@ -80,7 +80,7 @@ def test_busyIsTriedAgain():
 
 def test_busyMayAskForMore():
     """A pause is never shorter than Busy asks for."""
-    workers = SyncWorkers()
+    workers = ImmediateWorkers()
     lock = Lock(times=3, retryAfter=7.0)
     waiting = Door(workers).call(lock.take, workers.reactor)
     workers.reactor.pump([6.9, 0.2, 6.9, 0.2, 6.9, 0.2])
@@ -90,7 +90,7 @@ def test_busyMayAskForMore():
 def test_noticeOfWaiting():
     """Who waits longer than two seconds is told once what for; a short wait says nothing."""
     for seconds, notices in ((WAIT_NOTICE - 0.1, []), (60.0, ["the lock on 'x'"])):
-        workers, told = SyncWorkers(), []
+        workers, told = ImmediateWorkers(), []
         waiting = Door(workers, told.append).call(Lock().take, workers.reactor)
         workers.reactor.pump([0.1] * round(seconds * 10))
         assert told == notices
@@ -100,7 +100,7 @@ def test_noticeOfWaiting():
 
 def test_othersWaitBehindBusy():
     """A call that waits for a lock keeps its place."""
-    workers, done = SyncWorkers(), []
+    workers, done = ImmediateWorkers(), []
     door = Door(workers)
     lock = Lock(times=1)
     door.call(lock.take, workers.reactor).addCallback(done.append)
@@ -112,7 +112,7 @@ def test_othersWaitBehindBusy():
 
 def test_cancelWhileWaitingForLock():
     """Cancelling ends the waiting at once, and the next call begins."""
-    workers = SyncWorkers()
+    workers = ImmediateWorkers()
     lock = Lock()
     door = Door(workers)
     waiting, following = door.call(lock.take, workers.reactor), door.call(lambda: 2)
@@ -138,7 +138,7 @@ def test_cancelWhileRunning():
     assert not workers.waiting
     arrive()
     workers.drain()
-    assert done == [1, 2] and fired(following)
+    assert done == [1, 2] and following.called
 
 
 @pytest.mark.parametrize("raises", [Busy("x"), ValueError("lost")])
@@ -194,7 +194,7 @@ def test_abandon(state):
         assert not workers.waiting
         arrive()
     workers.drain()
-    assert done == ["last"] and fired(last)
+    assert done == ["last"] and last.called
     assert len(lock.tries) == 1 and workers.reactor.getDelayedCalls() == []
 
 
