@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from nixserve.store.files import deletePath
-from tests.app.appsupport import Box, Service
+from tests.app.box import Box, Service
 from tests.interop.nix import requireProgram
 
 

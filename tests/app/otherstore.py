@@ -17,7 +17,7 @@ from nixserve.codec.derivation import Derivation, DerivationOutput, outputPaths
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.testing import addObject, makeInfo, makeNar
-from tests.app.appsupport import BIN, TIMEOUT
+from tests.app.box import BIN, TIMEOUT
 
 SERVER = str(BIN / "nixserve-store")
 

@@ -16,8 +16,8 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.codec.messages import BuildDerivation, BuildOptions
 from nixserve.codec.serve import writeRequest
 from nixserve.codec.storepath import StoreDir
-from tests.app.appsupport import HELLO, TIMEOUT, Relay, number, waitUntil
-from tests.builder.buildersupport import needsSandbox
+from tests.app.box import HELLO, TIMEOUT, Relay, number, waitUntil
+from tests.builder.workplace import needsSandbox
 
 pytestmark = needsSandbox
 

@@ -13,7 +13,7 @@ from nixserve.app.sample import addTree
 from nixserve.app.text import formatBytes
 from nixserve.codec.pathinfo import topoSort
 from nixserve.testing import addObject, makeInfo, makeNar
-from tests.app.appsupport import BIN, TIMEOUT, refused
+from tests.app.box import BIN, TIMEOUT, refused
 from tests.interop.nix import requireProgram
 
 

@@ -11,7 +11,7 @@ import pytest
 from nixserve.codec.serve import Command, ImportItem, writeExportMarker, writeImportItem
 from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import makeInfo, makeNar
-from tests.app.appsupport import HELLO, TIMEOUT, number
+from tests.app.box import HELLO, TIMEOUT, number
 
 #: Loaded by every Python before anything else: the clock of the process is set back as soon as a file is there.
 _CUSTOM = """

@@ -18,9 +18,9 @@ from nixserve.codec import base32
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.hashes import hashBytes
 from nixserve.testing import addObject, makeInfo, makeNar
-from tests.app.appsupport import TIMEOUT, number, refused, waitUntil
-from tests.app.copysupport import addDerivation, facts, onTerminal, opened, program, roots, url
-from tests.builder.buildersupport import needsSandbox
+from tests.app.box import TIMEOUT, number, refused, waitUntil
+from tests.app.otherstore import addDerivation, facts, onTerminal, opened, program, roots, url
+from tests.builder.workplace import needsSandbox
 
 pytestmark = needsSandbox
 

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from nixserve.testing import addObject, makeInfo, makeNar
-from tests.app.appsupport import TIMEOUT, number, refused, waitUntil
-from tests.app.copysupport import (
+from tests.app.box import TIMEOUT, number, refused, waitUntil
+from tests.app.otherstore import (
     addChain,
     addDerivation,
     facts,

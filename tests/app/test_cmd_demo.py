@@ -27,8 +27,8 @@ from nixserve.codec.derivation import (
     outputPaths,
     parseDerivation,
 )
-from tests.app.appsupport import BIN, TIMEOUT, waitUntil
-from tests.builder.buildersupport import needsSandbox
+from tests.app.box import BIN, TIMEOUT, waitUntil
+from tests.builder.workplace import needsSandbox
 from tests.interop.nix import requireProgram
 
 

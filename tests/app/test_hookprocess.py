@@ -19,7 +19,7 @@ import pytest
 from nixserve.app import handover, statedirs
 from nixserve.app.preloaded import CHILD_NAME, LOADED_NAME
 from nixserve.codec.wire import encodeString, encodeU64
-from tests.hook.hooksupport import otherProcess
+from tests.hook.machinelist import otherProcess
 from tests.interop.stores import isLocked
 from tests.interop.watching import until
 

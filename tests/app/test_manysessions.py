@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nixserve.app.service import FORCED_COMMAND
-from tests.app.appsupport import HELLO, TIMEOUT, Relay, number
+from tests.app.box import HELLO, TIMEOUT, Relay, number
 
 LIMIT = 2000
 

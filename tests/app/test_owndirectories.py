@@ -19,7 +19,7 @@ from nixserve.ssh.keys import AuthorizedKeysFile, loadHostKey
 from nixserve.store.layout import StoreLayout
 from nixserve.store.logs import BuildLog
 from nixserve.store.ownpaths import UnsafePath
-from tests.app.appsupport import refused
+from tests.app.box import refused
 
 OPEN = "may be written to by everybody"
 

@@ -11,7 +11,7 @@ from twisted.scripts._twistd_unix import ServerOptions
 from nixserve.app.ownsocket import OwnSocket
 from nixserve.errors import UsageError
 from nixserve.store.ownpaths import UnsafePath
-from tests.app.appsupport import Relay, refused
+from tests.app.box import Relay, refused
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from twisted.python import usage
 
 from nixserve.app.service import Options, ServeService, makeService
 from nixserve.app.settings import CONFIG_KEYS, ServiceSettings
-from tests.app.appsupport import Relay, number, refused, string, waitUntil
+from tests.app.box import Relay, number, refused, string, waitUntil
 
 RUNNERS = [("twistd", "-n", "--pidfile="), ("twist",)]
 

@@ -14,7 +14,7 @@ import pytest
 
 from nixserve.codec.relay import Frame, encodeFrame
 from nixserve.testing import makeInfo, makeNar
-from tests.app.appsupport import HELLO, TIMEOUT, Relay, number, refused, string, waitUntil
+from tests.app.box import HELLO, TIMEOUT, Relay, number, refused, string, waitUntil
 
 
 class TestUsage:

@@ -30,7 +30,7 @@ from nixserve.codec.derivation import parseDerivation
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import NixServeError
 from nixserve.store.files import dumpPath
-from tests.builder.buildersupport import OUT, needsSandbox, workplace
+from tests.builder.workplace import OUT, needsSandbox, workplace
 
 
 @pytest.fixture(autouse=True)

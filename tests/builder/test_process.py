@@ -16,7 +16,7 @@ from nixserve.builder.loglines import _MAX_LINE, _MAX_WAITING, LogLines, LogRela
 from nixserve.builder.process import CancelToken, Ending, Limits, runBuilder
 from nixserve.builder.users import BuildUser
 from nixserve.errors import BuildError
-from tests.builder.buildersupport import needsSandbox, processesOf, workplace
+from tests.builder.workplace import needsSandbox, processesOf, workplace
 
 needsRoot = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -269,7 +269,7 @@ class TestEnd:
     def test_serverKilled(self, sandboxed):
         """When the server is killed, its builders die."""
         script = f"""
-from tests.builder.buildersupport import workplace
+from tests.builder.workplace import workplace
 with workplace() as place:
     place.run("(setsid sleep 61 >/dev/null 2>&1 &); echo started; sleep 61", place.sandbox() if {sandboxed} else None,
         log=lambda data: print(place.user.uid, place.directory, data, flush=True))

@@ -21,7 +21,7 @@ from nixserve.builder.sandbox import SandboxPath, findShell, parseSandboxPath, s
 from nixserve.builder.seccomp import filterProgram
 from nixserve.errors import BuildError, FormatError
 from nixserve.store.copying import TreeCopier
-from tests.builder.buildersupport import OUT, needsSandbox, processesOf, workplace
+from tests.builder.workplace import OUT, needsSandbox, processesOf, workplace
 
 needsRoot = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -692,7 +692,7 @@ bind = 1 << 10  # CAP_NET_BIND_SERVICE
 assert libc.capset(struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", bind, bind, bind, 0, 0, 0)) == 0
 assert libc.prctl(47, 2, 10, 0, 0) == 0  # PR_CAP_AMBIENT_RAISE
 sys.executable = "/usr/bin/python3"
-from tests.builder.buildersupport import workplace
+from tests.builder.workplace import workplace
 with workplace() as place:
     os.system("grep CapAmb /proc/self/status")
     place.run("grep -E '^Cap(Inh|Prm|Eff|Amb)' /proc/self/status")
@@ -716,7 +716,7 @@ from nixserve.builder import process, sandbox
 import contextlib, pathlib, shutil, tempfile, pytest
 os.setgroups([]); os.setresgid(12345, 12345, 12345); os.setresuid(12345, 12345, 12345)
 sys.executable = "/usr/bin/python3"
-from tests.builder.buildersupport import workplace
+from tests.builder.workplace import workplace
 with workplace() as place:
     outcome = place.run("id; echo made > $out; echo evil > /nix/store/in-file; echo evil > /etc/passwd;"
         "mv /nix /nix2; mv /nix/store /nix/store2; touch /evil; ls /", place.sandbox())

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nixserve.app.settings import CONFIG_KEYS, readConfig
-from tests.app.appsupport import TIMEOUT, waitUntil
-from tests.builder.buildersupport import needsSandbox
+from tests.app.box import TIMEOUT, waitUntil
+from tests.builder.workplace import needsSandbox
 from tests.interop.nix import requireProgram
 
 ROOT = Path(__file__).parents[2]

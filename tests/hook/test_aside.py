@@ -11,7 +11,7 @@ import pytest
 
 from nixserve.errors import StoreError
 from nixserve.hook.aside import FIRST_PAUSE, FORGOTTEN_AFTER, LONGEST_PAUSE, Aside
-from tests.hook.hooksupport import machine, otherProcess
+from tests.hook.machinelist import machine, otherProcess
 
 H1, H2 = machine("ssh://h1"), machine("ssh://h2")
 START = 1_000_000_000.0
@@ -19,7 +19,7 @@ START = 1_000_000_000.0
 TRY = """
 import sys
 from nixserve.hook.aside import Aside
-from tests.hook.hooksupport import machine
+from tests.hook.machinelist import machine
 aside = Aside(sys.argv[1], "run", lambda: float(sys.argv[2]))
 attempt = aside.attempt(machine("ssh://h1"))
 """

@@ -6,7 +6,7 @@ import pytest
 
 from nixserve.hook.choice import Refusal, canBuildLocally, isSuitable, preference, refusalText, refuse
 from nixserve.hook.conversation import BuildQuestion, HookSettings
-from tests.hook.hooksupport import machine, machines
+from tests.hook.machinelist import machine, machines
 
 DRV = "/nix/store/00000000000000000000000000000000-x.drv"
 

@@ -18,12 +18,12 @@ from nixserve.errors import StoreError
 from nixserve.hook import claims as claimsModule
 from nixserve.hook.claims import Claims
 from nixserve.store.api import Busy
-from tests.hook.hooksupport import machine, otherProcess
+from tests.hook.machinelist import machine, otherProcess
 
 CLAIM = """
 import sys
 from nixserve.hook.claims import Claims
-from tests.hook.hooksupport import machine
+from tests.hook.machinelist import machine
 from tests.hook.test_claims import infos
 claims = Claims(sys.argv[1], machine("ssh://h1"))
 print(*(info.path.name for info in claims.claim(infos(sys.argv[2]))), end="")

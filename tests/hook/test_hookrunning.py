@@ -34,7 +34,7 @@ from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.store.api import InvalidPath
 from nixserve.store.memory import MemoryStore
 from nixserve.testing import FakeStore, ImmediateWorkers, Joined, addObject, makeInfo, makeNar
-from tests.hook.hooksupport import machine
+from tests.hook.machinelist import machine
 
 
 class Recorder(CopyProgress):

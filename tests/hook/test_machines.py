@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nixserve.errors import FormatError
 from nixserve.hook.machines import parseMachines
-from tests.hook.hooksupport import machine, machines
+from tests.hook.machinelist import machine, machines
 
 HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ2EmzdKxpXEIfLHtBC3NDsvcrR7HUMPqMOK3oJqKg0n"
 ENCODED_KEY = base64.b64encode(HOST_KEY.encode()).decode()

@@ -23,7 +23,7 @@ from nixserve.hook.queue import WAITING_PER_SLOT, Queue
 from nixserve.hook.slots import Slots
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
-from tests.hook.hooksupport import ROOT, machine, machines
+from tests.hook.machinelist import ROOT, machine, machines
 
 QUESTION = BuildQuestion(False, "x86_64-linux", "/nix/store/00000000000000000000000000000000-x.drv")
 LOCAL = {"system": "x86_64-linux", "max-jobs": "1"}

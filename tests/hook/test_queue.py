@@ -9,7 +9,7 @@ import pytest
 
 from nixserve.errors import StoreError
 from nixserve.hook.queue import MAX_WAITING, MAX_WAITING_IN_ALL, WAITING_PER_SLOT, Queue
-from tests.hook.hooksupport import machine, machines, otherProcess
+from tests.hook.machinelist import machine, machines, otherProcess
 
 ONE = [machine("ssh://h1 - - 1")]
 
@@ -85,7 +85,7 @@ def test_otherStores(queue, tmp_path):
 def test_processEnds(queue, tmp_path):
     """The end of a process, however it ends, frees its place and its turn."""
     code = (
-        "import sys; from nixserve.hook.queue import Queue; from tests.hook.hooksupport import machine;"
+        "import sys; from nixserve.hook.queue import Queue; from tests.hook.machinelist import machine;"
         "ticket = Queue(sys.argv[1], '/nix/var/nix').take([machine('ssh://h1 - - 1')]); ticket.waitForTurn()"
     )
     with otherProcess(code, tmp_path / "queue"):

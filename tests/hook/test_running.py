@@ -39,11 +39,11 @@ from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import Built, FakeStore, ScriptedBuilds, addObject, buildTrees, makeInfo, makeNar
-from tests.hook.hooksupport import machine
+from tests.hook.machinelist import machine
 from tests.hook.test_negotiation import QUESTION, Bench, asks
 from tests.remote.test_builds import derivation
 from tests.remote.test_connecting import HELLO, child
-from tests.ssh.support import sleep, until
+from tests.ssh.loopback import sleep, until
 
 #: What builds say: not all of it is text.
 LOG = b"\x1b[31mb\xfcilding\x00 it\xff\xfe\n"

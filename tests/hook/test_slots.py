@@ -13,12 +13,12 @@ import pytest
 from nixserve.errors import StoreError
 from nixserve.hook.slots import Slots
 from nixserve.store.api import Busy
-from tests.hook.hooksupport import machine, machines, otherProcess
+from tests.hook.machinelist import machine, machines, otherProcess
 
 TAKE = """
 import sys
 from nixserve.hook.slots import Slots
-from tests.hook.hooksupport import machines
+from tests.hook.machinelist import machines
 slot = Slots(sys.argv[1]).take(machines(sys.argv[2]), wait=True)
 print(slot and slot.machine.uri, end="")
 """

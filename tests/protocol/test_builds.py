@@ -16,7 +16,7 @@ from nixserve.protocol.builds import EXTRA_SECONDS
 from nixserve.protocol.turns import Turns
 from nixserve.store.api import Busy
 from nixserve.testing import ManualWorkers
-from tests.protocol.buildfakes import Reactor, World, built, outputOf, pathOf
+from tests.protocol.buildworld import Reactor, World, built, outputOf, pathOf
 
 
 @pytest.fixture(autouse=True)

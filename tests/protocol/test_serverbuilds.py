@@ -15,8 +15,8 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer, Policy, Right
 from nixserve.protocol.server import STALL_SECONDS, ServeServer
 from nixserve.testing import FakeStore, ImmediateWorkers, RecordingTransport
-from tests.builder.outputsupport import add, diverted, root
-from tests.protocol.buildfakes import World, built, derivation, outputOf, pathOf
+from tests.builder.stores import add, diverted, root
+from tests.protocol.buildworld import World, built, derivation, outputOf, pathOf
 from tests.vectors.serve.messages import CLIENT_MAGIC, MINORS, OPTIONS_AT, SERVER_MAGIC, STORE_DIR, path, wire
 
 __all__ = ["diverted", "root"]

@@ -23,7 +23,7 @@ from nixserve.remote import connecting
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
 from nixserve.remote.failures import MAX_SHOWN, CannotConnect, oneLine
-from tests.ssh.support import Server, sleep, until, within
+from tests.ssh.loopback import Server, sleep, until, within
 
 HELLO = struct.pack("<QQ", 0x5452EECB, 0x207)
 ENVIRON = {"PATH": os.environ.get("PATH", os.defpath)}

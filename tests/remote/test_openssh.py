@@ -19,7 +19,7 @@ from nixserve.remote.localfiles import PrivateFile
 from nixserve.remote.master import SSHMaster
 from nixserve.remote.openssh import sshArguments, sshEnvironment
 from tests.remote.hostkeys import KEY, encoded
-from tests.ssh.support import sleep, within
+from tests.ssh.loopback import sleep, within
 
 ALWAYS = ["-x", "-a", "-T", "-oControlMaster=no", "-oClearAllForwardings=yes", "-oRemoteCommand=none"]
 ALONE = ["-oServerAliveInterval=15", "-S", "none", "--"]

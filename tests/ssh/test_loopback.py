@@ -28,7 +28,7 @@ from nixserve.ssh.authorizedkeys import fingerprint
 from nixserve.ssh.client import HostKeyError, LoginError, SSHError, readKnownHosts
 from nixserve.ssh.server import FOREIGN_TRIES, LOGIN_TRIES, MAX_CHANNELS
 from nixserve.ssh.transport import MAX_BACKLOG, MAX_PACKET
-from tests.ssh.support import MIB, Recorder, Server, Source, clientFactory, sleep, until, within
+from tests.ssh.loopback import MIB, Recorder, Server, Source, clientFactory, sleep, until, within
 
 
 @pytest.fixture
