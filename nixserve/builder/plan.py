@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
 from nixserve.builder.outputs import HASH_MISMATCH
 from nixserve.builder.resolution import basicDerivation, mustResolve, resolve
@@ -23,48 +22,14 @@ from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, Derivation, derivationName
 from nixserve.codec.peertext import peerText
 from nixserve.codec.serve import BuildPathsResult
-from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.codec.storepath import StorePath
 from nixserve.errors import FormatError, StoreError
-from nixserve.store.api import Busy
+from nixserve.store.api import Busy, StoreSession
 
-__all__ = ["BuildPlan", "PlanStore", "PlannedBuild"]
+__all__ = ["BuildPlan", "PlannedBuild"]
 
 #: Between the path of a derivation and the names of outputs in a target.
 _SEPARATOR = "!"
-
-
-class PlanStore(Protocol):
-    """
-    What a plan asks of the store; a L{nixserve.store.local.LocalSession} has it.
-    """
-
-    @property
-    def storeDir(self) -> StoreDir: ...
-
-    def addTempRoots(self, paths: Collection[StorePath]) -> None:
-        """See L{nixserve.store.api.StoreSession.addTempRoots}."""
-
-    def queryValidPaths(self, paths: Collection[StorePath]) -> set[StorePath]:
-        """See L{nixserve.store.api.StoreSession.queryValidPaths}."""
-
-    def queryClosure(self, paths: Collection[StorePath]) -> set[StorePath]:
-        """See L{nixserve.store.api.StoreSession.queryClosure}."""
-
-    def readDerivation(self, path: StorePath) -> Derivation:
-        """
-        The derivation of a valid .drv.
-
-        @raise StoreError: it cannot be read.
-        @raise FormatError: it is none.
-        """
-
-    def addDerivation(self, drv: BasicDerivation) -> StorePath:
-        """
-        Write a derivation to the store, if it is not there.
-
-        @return: its path.
-        @raise Busy: call again.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +98,15 @@ class BuildPlan:
     The plan for the targets of one BuildPaths. Calls must not overlap; each may block for as long as the store does.
     """
 
-    def __init__(self, store: PlanStore, targets: Sequence[str], keepGoing: bool = False) -> None:
+    def __init__(self, session: StoreSession, targets: Sequence[str], keepGoing: bool = False) -> None:
         """
+        @param session: of the store; what matters to the plan stays there for as long as it is open.
         @param targets: C{<drv path>}, C{<drv path>!<output>,…}, or the path of anything else that must be valid. C{*}
             is no name here, unlike on a command line.
         @param keepGoing: after a failure, still build what does not depend on it.
         @raise FormatError: a target is not in the store directory.
         """
-        self._store = store
+        self._session = session
         self._keepGoing = keepGoing
         self._goals: dict[StorePath, _Goal] = {}
         self._plainTargets: set[StorePath] = set()
@@ -249,7 +215,7 @@ class BuildPlan:
 
     def _addTarget(self, target: str) -> None:
         text, separator, names = target.partition(_SEPARATOR)
-        path = self._store.storeDir.parse(text)
+        path = self._session.storeDir.parse(text)
         if path.isDerivation:
             self._want(path, [name for name in names.split(",") if name] or None)
         elif separator:
@@ -282,14 +248,14 @@ class BuildPlan:
         What it raises L{Busy} for is asked again by the next call.
         """
         if self._missing is None:
-            self._store.addTempRoots(self._plainTargets)
-            self._missing = self._plainTargets - self._store.queryValidPaths(self._plainTargets)
+            self._session.addTempRoots(self._plainTargets)
+            self._missing = self._plainTargets - self._session.queryValidPaths(self._plainTargets)
         while self._unexpanded and not self.over:
             level = [self._goals[path] for path in sorted(self._unexpanded)]
-            self._store.addTempRoots(self._unexpanded)
-            valid = self._store.queryValidPaths(self._unexpanded)
+            self._session.addTempRoots(self._unexpanded)
+            valid = self._session.queryValidPaths(self._unexpanded)
             self._read([goal for goal in level if goal.path in valid])
-            self._store.addTempRoots([path for goal in level if goal.drv for path in _mentioned(goal.drv)])
+            self._session.addTempRoots([path for goal in level if goal.drv for path in _mentioned(goal.drv)])
             self._unexpanded = set()
             for goal in level:
                 if goal.path not in valid:
@@ -300,19 +266,19 @@ class BuildPlan:
         for goal in goals:
             if goal.drv is None:
                 try:
-                    drv = self._store.readDerivation(goal.path)
+                    drv = self._session.readDerivation(goal.path)
                     drv.kind()
                     goal.drv = drv
                 except Busy:
                     raise
                 except (FormatError, StoreError) as error:
-                    reason = peerText(error, self._store.storeDir.path)
+                    reason = peerText(error, self._session.storeDir.path)
                     self._fatal = self._fatal or f"error parsing derivation '{goal.path}': {reason}"
 
     def _expand(self, goals: list[_Goal]) -> None:
         """Settle which of these have to be built, and what they need."""
         paths = {path for goal in goals for path in _mentioned(goal.known)}
-        valid = self._store.queryValidPaths(paths)
+        valid = self._session.queryValidPaths(paths)
         for goal in goals:
             drv = goal.known
             unknown = goal.wanted - drv.outputs.keys()
@@ -409,11 +375,12 @@ class BuildPlan:
         if not drv.inputDrvs:
             return PlannedBuild(goal.path, basicDerivation(drv, drv.inputSrcs))
         if mustResolve(drv, kinds):
-            resolved = resolve(drv, inputs, self._store.storeDir)
-            path = self._store.addDerivation(resolved)
+            resolved = resolve(drv, inputs, self._session.storeDir)
+            path = self._session.addDerivation(resolved)
             return PlannedBuild(path, resolved)
         used = {inputs[path][name] for path, names in drv.inputDrvs.items() for name in names}
-        return PlannedBuild(goal.path, basicDerivation(drv, frozenset(self._store.queryClosure(drv.inputSrcs | used))))
+        closure = self._session.queryClosure(drv.inputSrcs | used)
+        return PlannedBuild(goal.path, basicDerivation(drv, frozenset(closure)))
 
     # Exit status.
 

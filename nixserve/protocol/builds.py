@@ -27,7 +27,7 @@ from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from nixserve.builder.local import LocalBuilder, PreparedBuild
-from nixserve.builder.plan import BuildPlan, PlannedBuild, PlanStore
+from nixserve.builder.plan import BuildPlan, PlannedBuild
 from nixserve.builder.process import CancelToken
 from nixserve.builder.settings import EXTRA_JOBS
 from nixserve.codec.buildresult import BuildResult, BuildStatus
@@ -41,7 +41,7 @@ from nixserve.protocol.interfaces import IBuilds, ISharedWorkers
 from nixserve.protocol.logbudget import KEY, LogBudget
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.workers import Door, whenFired
-from nixserve.store.api import Busy
+from nixserve.store.api import Busy, StoreSession
 from nixserve.store.local import LocalSession, LocalStore
 
 __all__ = ["EXTRA_SECONDS", "BuildClient", "Builds"]
@@ -72,7 +72,7 @@ class BuildClient:
     name: str
     listener: Listener
     door: Door
-    session: PlanStore
+    session: StoreSession
     mustSandbox: bool = False
 
     def keep(self, paths: Collection[StorePath]) -> Deferred[None]:

@@ -28,7 +28,6 @@ from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.store.api import InvalidPath
-from nixserve.store.contents import readDerivation
 
 __all__ = ["RemoteBuild", "RemotePlan", "buildRemotely", "planRemoteBuild"]
 
@@ -301,7 +300,7 @@ class _Building:
         def read() -> dict[StorePath, Derivation]:
             for path in sorted(set(paths) - session.queryValidPaths(paths)):
                 raise StoreError(f"derivation '{path}' is not in the store here")
-            return {path: readDerivation(path, session.narFromPath(path), session.storeDir) for path in paths}
+            return {path: session.readDerivation(path) for path in paths}
 
         found = await self._here.call(read)
         for drv in found.values():

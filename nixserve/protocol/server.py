@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from functools import partial
 from operator import methodcaller
-from typing import Any, ClassVar, ParamSpec, TypeVar, cast
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost
@@ -26,7 +26,6 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from nixserve.builder.plan import PlanStore
 from nixserve.codec.connection import (
     EndOfImport,
     EndOfInput,
@@ -576,8 +575,7 @@ class ServeServer(Protocol):
             name=self._peer.key or self._peer.address,
             listener=self.transport.writeError,
             door=self._door,
-            # Whoever builds does it on a local store.
-            session=cast(PlanStore, self._open),
+            session=self._open,
             mustSandbox=Right.TRUST not in self._policy.rights,
         )
 

@@ -26,7 +26,6 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred
 
-from nixserve.codec.derivation import Derivation
 from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
@@ -38,7 +37,7 @@ from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
 from nixserve.remote.link import AddingLocks, Link
 from nixserve.remote.sessions import Open, RemoteSessions
-from nixserve.store.api import ImportWriter, InvalidPath, PathWriter
+from nixserve.store.api import ImportWriter, InvalidPath, PathWriter, StoreSession
 from nixserve.store.contents import DrainingWriter, checkNewInfo
 
 __all__ = ["MAX_THREADS", "RemoteSession", "RemoteStore"]
@@ -115,7 +114,7 @@ class RemoteStore:
             self._sessions.discard(session)
 
 
-class RemoteSession:
+class RemoteSession(StoreSession):
     """
     L{nixserve.store.api.StoreSession} of a L{RemoteStore}.
 
@@ -170,15 +169,6 @@ class RemoteSession:
         """
         self._link.require(paths)
         return set(self._link.ask(lambda keeper: keeper.queryClosure(paths, includeOutputs)))
-
-    def readDerivation(self, path: StorePath) -> Derivation:
-        """
-        The derivation of a valid .drv, which becomes a root.
-
-        @raise StoreError: it is not valid, or is no file.
-        @raise nixserve.errors.FormatError: it is no derivation.
-        """
-        return self._link.readDerivation(path)
 
     def narFromPath(self, path: StorePath) -> Iterator[bytes]:
         """

@@ -16,9 +16,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
+from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
+from nixserve.codec.derivation import BasicDerivation, Derivation, drvPathOf, unparse
+from nixserve.codec.hashes import hashBytes
+from nixserve.codec.nar import regularEnd, regularStart
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError
+from nixserve.store.contents import readDerivation
 
 __all__ = ["Busy", "ImportWriter", "InvalidPath", "PathWriter", "Store", "StoreSession", "addWhole"]
 
@@ -104,7 +109,7 @@ class ImportWriter(Protocol):
 
 class StoreSession(Protocol):
     """
-    One peer's use of a store.
+    One peer's use of a store. Whoever implements it inherits what is written here in terms of the rest.
 
     @ivar storeDir: the logical store directory.
     """
@@ -189,6 +194,36 @@ class StoreSession(Protocol):
 
         @raise Busy: a collector is at work; call again.
         """
+
+    def readDerivation(self, path: StorePath) -> Derivation:
+        """
+        The derivation of a valid .drv.
+
+        @raise InvalidPath: it is not valid.
+        @raise StoreError: it cannot be read, is no file, or is too large.
+        @raise nixserve.errors.FormatError: it is no derivation.
+        """
+        return readDerivation(path, self.narFromPath(path), self.storeDir)
+
+    def addDerivation(self, drv: BasicDerivation) -> StorePath:
+        """
+        Write a derivation to the store, if it is not there. It becomes a temporary root.
+
+        @return: the path of the .drv.
+        @raise Busy: call again.
+        @raise StoreError: an input is not valid.
+        """
+        text = unparse(drv)
+        nar = regularStart(b"", False, len(text)) + text + regularEnd(b"", len(text))
+        info = ValidPathInfo(
+            path=drvPathOf(drv, self.storeDir),
+            narHash=hashBytes("sha256", nar),
+            narSize=len(nar),
+            references=drv.inputSrcs.union(drv.inputDrvs if isinstance(drv, Derivation) else ()),
+            ca=ContentAddress(ContentAddressMethod.TEXT, hashBytes("sha256", text)),
+        )
+        addWhole(self, info, nar)
+        return info.path
 
     def close(self) -> None:
         """Free everything the session holds: aborts what is unfinished. Safe to call twice."""

@@ -15,17 +15,13 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 
-from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
-from nixserve.codec.derivation import BasicDerivation, Derivation, drvPathOf, unparse
-from nixserve.codec.hashes import Hash, hashBytes
-from nixserve.codec.nar import regularEnd, regularStart
+from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError
 from nixserve.store.adding import Adder
-from nixserve.store.api import ImportWriter, InvalidPath, PathWriter, addWhole
-from nixserve.store.contents import readDerivation
+from nixserve.store.api import ImportWriter, InvalidPath, PathWriter, StoreSession, addWhole
 from nixserve.store.database import Database
 from nixserve.store.drvhashes import DrvHashes
 from nixserve.store.files import dumpPath
@@ -102,7 +98,7 @@ class LocalStore:
             self._sessions.discard(session)
 
 
-class LocalSession:
+class LocalSession(StoreSession):
     """
     L{nixserve.store.api.StoreSession} of a L{LocalStore}.
 
@@ -252,38 +248,6 @@ class LocalSession:
         """
         self._requireWritable()
         return self._adder.importPath()
-
-    def readDerivation(self, path: StorePath) -> Derivation:
-        """
-        Read a .drv on disk, valid or not.
-
-        @raise StoreError: it cannot be read, or is no file.
-        @raise nixserve.errors.FormatError: it is no derivation.
-        """
-        self._requireOpen()
-        return readDerivation(path, dumpPath(self._layout.realPath(path)), self.storeDir)
-
-    def addDerivation(self, drv: BasicDerivation) -> StorePath:
-        """
-        Write a derivation to the store, if it is not there, and make it a temporary root.
-
-        @return: the path of the .drv.
-        @raise nixserve.store.api.Busy: call again.
-        @raise StoreError: an input is not valid.
-        """
-        path = drvPathOf(drv, self.storeDir)
-        text = unparse(drv)
-        nar = regularStart(b"", False, len(text)) + text + regularEnd(b"", len(text))
-        inputDrvs = drv.inputDrvs if isinstance(drv, Derivation) else {}
-        info = ValidPathInfo(
-            path=path,
-            narHash=hashBytes("sha256", nar),
-            narSize=len(nar),
-            references=drv.inputSrcs | frozenset(inputDrvs),
-            ca=ContentAddress(ContentAddressMethod.TEXT, hashBytes("sha256", text)),
-        )
-        addWhole(self, info, nar)
-        return path
 
     def close(self) -> None:
         """

@@ -18,7 +18,7 @@ from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import NixServeError, StoreError
-from nixserve.store.api import Busy, ImportWriter, InvalidPath, PathWriter, addWhole
+from nixserve.store.api import Busy, ImportWriter, InvalidPath, PathWriter, StoreSession, addWhole
 from nixserve.store.contents import (
     DrainingWriter,
     Intake,
@@ -170,7 +170,7 @@ class MemoryStore:
                 del self._locks[path]
 
 
-class MemorySession:
+class MemorySession(StoreSession):
     """
     L{nixserve.store.api.StoreSession} of a L{MemoryStore}.
 

@@ -4,25 +4,20 @@ Builds by a script instead of a builder: for whoever calls C{buildDerivation} an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from nixserve.builder.plan import BuildPlan
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
-from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
-from nixserve.codec.derivation import BasicDerivation, Derivation, drvPathOf, unparse
-from nixserve.codec.hashes import hashBytes
+from nixserve.codec.derivation import BasicDerivation
 from nixserve.codec.messages import BuildOptions, BuildPathsResult
 from nixserve.codec.pathinfo import ValidPathInfo
-from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.codec.storepath import StorePath
 from nixserve.protocol.builds import BuildClient
 from nixserve.protocol.interfaces import IBuilds
-from nixserve.store.api import StoreSession
-from nixserve.store.contents import readDerivation
 from nixserve.testing.objects import Tree, addObject, makeInfo, makeNar
 
 __all__ = ["Built", "Script", "ScriptedBuilds", "buildTrees"]
@@ -84,7 +79,7 @@ class ScriptedBuilds:
 
     async def buildPaths(self, targets: Sequence[str], options: BuildOptions, client: BuildClient) -> BuildPathsResult:
         """See L{IBuilds.buildPaths}. One after the other."""
-        plan = await client.door.call(BuildPlan, _PlanSession(_sessionOf(client)), targets)
+        plan = await client.door.call(BuildPlan, client.session, targets)
         while planned := await client.door.call(plan.next, 1):
             (build,) = planned
             result = await self._build(build.drvPath, build.drv, client)
@@ -104,43 +99,5 @@ class ScriptedBuilds:
         if built.log:
             client.listener(built.log)
         for info, nar in built.objects:
-            await client.door.call(addObject, _sessionOf(client), info, nar)
+            await client.door.call(addObject, client.session, info, nar)
         return built.result
-
-
-def _sessionOf(client: BuildClient) -> StoreSession:
-    # A server's client brings the server's session, whatever the store is.
-    return cast(StoreSession, client.session)
-
-
-class _PlanSession:
-    """
-    L{PlanStore} over any session.
-    """
-
-    def __init__(self, session: StoreSession) -> None:
-        self._session = session
-        self.addTempRoots = session.addTempRoots
-        self.queryValidPaths = session.queryValidPaths
-
-    @property
-    def storeDir(self) -> StoreDir:
-        """See L{PlanStore}."""
-        return self._session.storeDir
-
-    def queryClosure(self, paths: Collection[StorePath]) -> set[StorePath]:
-        """See L{PlanStore}."""
-        return self._session.queryClosure(paths)
-
-    def readDerivation(self, path: StorePath) -> Derivation:
-        """See L{PlanStore}."""
-        return readDerivation(path, self._session.narFromPath(path), self.storeDir)
-
-    def addDerivation(self, drv: BasicDerivation) -> StorePath:
-        """See L{PlanStore}."""
-        path, text = drvPathOf(drv, self.storeDir), unparse(drv)
-        inputDrvs = drv.inputDrvs if isinstance(drv, Derivation) else {}
-        ca = ContentAddress(ContentAddressMethod.TEXT, hashBytes("sha256", text))
-        nar = makeNar(text)
-        addObject(self._session, makeInfo(path.name, nar, {*drv.inputSrcs, *inputDrvs}, path=path, ca=ca), nar)
-        return path

@@ -5,10 +5,17 @@ The contract of a store: which objects it takes, and which it refuses.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
-from nixserve.codec.derivation import outputPaths, parseDerivation
+from nixserve.codec.derivation import (
+    Derivation,
+    DerivationOutput,
+    drvPathOf,
+    outputPaths,
+    parseDerivation,
+)
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.nar import Directory, EndDirectory, encodeNar
 from nixserve.codec.storepath import StoreDir, StorePath
@@ -230,6 +237,61 @@ class ObjectContract(StoreCase):
         stranger = makeInfo("foo", self.HELLO).path
         nar = makeNar(self.derivationText(stranger, "/nix/store/7zhc9sliq14lz2f1yc1d68fi9njpfhr1-foo-dev"))
         self.assertRefused(makeInfo("foo.drv", nar), nar, "has incorrect output", FormatError)
+
+    def test_readDerivation(self) -> None:
+        """A derivation reads as it is written in its file."""
+        drv, out, dev = self.addDerivation()
+        expected = parseDerivation(self.derivationText(out, dev), "foo", StoreDir())
+        self.assertEqual(self.session.readDerivation(drv), expected)
+
+    def test_readWhatIsNoDerivation(self) -> None:
+        """What is not valid, is no file or no derivation is not read as one."""
+        missing = makeInfo("missing.drv", self.HELLO).path
+        with self.assertRaises(InvalidPath) as caught:
+            self.session.readDerivation(missing)
+        self.assertEqual(caught.exception.path, missing)
+        with self.assertRaises(FormatError):
+            self.session.readDerivation(self.add("text"))
+        with self.assertRaisesRegex(StoreError, "is not a regular file"):
+            self.session.readDerivation(self.add("tree", self.TREE))
+
+    def test_writeDerivation(self) -> None:
+        """A derivation that is written has the path that follows from it, and is a text that refers to its inputs."""
+        first, _, _ = self.addDerivation()
+        source = self.add("source")
+        self.assertEqual(self.session.addDerivation(self.session.readDerivation(first)), first)
+        drv = self._fixed({source}, {first: frozenset({"dev"})})
+        path = self.session.addDerivation(drv)
+        self.assertEqual(path, drvPathOf(drv, StoreDir()))
+        self.assertEqual(self.session.readDerivation(path), drv)
+        info = self.session.queryPathInfos([path])[path]
+        self.assertEqual(info.references, {first, source})
+        self.assertTrue(info.isContentAddressed(StoreDir()))
+
+    def test_writeDerivationWithoutInput(self) -> None:
+        """A derivation is not written before its inputs are."""
+        missing = makeInfo("missing", self.HELLO).path
+        drv = self._fixed({missing})
+        with self.assertRaisesRegex(InvalidPath, f"path '{missing}' is not valid"):
+            self.session.addDerivation(drv)
+        self.assertFalse(self.isValid(drvPathOf(drv, StoreDir())))
+
+    def _fixed(
+        self, sources: Collection[StorePath], inputs: Mapping[StorePath, frozenset[str]] | None = None
+    ) -> Derivation:
+        """A derivation of something that everybody knows."""
+        ca = ContentAddress(ContentAddressMethod.NAR, hashBytes("sha256", self.HELLO))
+        out = StoreDir().makeContentAddressedPath(ca, "bar")
+        return Derivation(
+            name="bar",
+            outputs={"out": DerivationOutput(out, "r:sha256", ca.hash.hex)},
+            inputSrcs=frozenset(sources),
+            platform="x86_64-linux",
+            builder="/bin/sh",
+            args=("-c", "echo > $out"),
+            env={"out": str(out)},
+            inputDrvs=inputs or {},
+        )
 
     def test_derivationOfDerivation(self) -> None:
         """The outputs of a derivation are checked with the derivations that it depends on."""

@@ -110,7 +110,7 @@ class FakeStore:
             yield chunk
 
 
-class _FakeSession:
+class _FakeSession(StoreSession):
     """L{StoreSession}; its methods are described there."""
 
     def __init__(self, store: FakeStore, inner: StoreSession) -> None:

@@ -29,7 +29,6 @@ from nixserve.builder.sandbox import findShell
 from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
-from nixserve.store.contents import readDerivation
 from nixserve.store.files import dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
@@ -136,10 +135,10 @@ def prepare(directory: Path, environment: Mapping[str, str]) -> Work:
     try:
         session = store.openSession()
         drvPath = store.storeDir.parse(text)
-        drv = readDerivation(drvPath, session.narFromPath(drvPath), store.storeDir)
+        drv = session.readDerivation(drvPath)
         inputs = []
         for number, inputDrv in enumerate(drv.inputDrvs):
-            made = readDerivation(inputDrv, session.narFromPath(inputDrv), store.storeDir).outputs["out"].path
+            made = session.readDerivation(inputDrv).outputs["out"].path
             assert made is not None, "its path follows from its derivation"
             (directory / "output").write_bytes(random.Random(number).randbytes(INPUT_SIZE))
             nar = b"".join(dumpPath(str(directory / "output")))

@@ -17,7 +17,6 @@ from nixserve.protocol.copying import copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.workers import Workers
 from nixserve.remote.connecting import connect
-from nixserve.store.contents import readDerivation
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 
@@ -33,8 +32,7 @@ async def build(reactor: Any, store: LocalStore, workers: Workers, url: str, pat
         result = await client.buildPaths([paths[0]])
         if result.status:
             raise RuntimeError(f"the build failed with status {result.status}: {result.errorMsg}")
-        nar = await here.call(lambda: list(here.session.narFromPath(paths[0])))
-        drv = readDerivation(paths[0], nar, here.storeDir)
+        drv = await here.call(here.session.readDerivation, paths[0])
         await copyClosure(client, here, [output.path for output in drv.outputs.values() if output.path])
 
 
