@@ -34,9 +34,9 @@ from nixserve.builder.local import LocalBuilder, SandboxMode, removeAbandoned
 from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.builder.sandbox import sandboxProblem
 from nixserve.errors import FormatError, NixServeError, UsageError
+from nixserve.protocol.building import IBuilds
 from nixserve.protocol.builds import Builds
 from nixserve.protocol.descriptors import Descriptors
-from nixserve.protocol.interfaces import IBuilds
 from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Policy
 from nixserve.protocol.relay import RelayFactory

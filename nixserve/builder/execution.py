@@ -28,8 +28,8 @@ from nixserve.builder.settings import BuildSettings
 from nixserve.builder.users import BuildUser
 from nixserve.builder.workspace import Workspace, makeBuildDir
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
-from nixserve.codec.derivation import BasicDerivation, OutputKind
-from nixserve.codec.serve import BuildOptions
+from nixserve.codec.derivation import OutputKind
+from nixserve.codec.serve import BuildDerivation
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
@@ -53,6 +53,8 @@ class Build:
     """
     What is to be built.
 
+    @ivar request: what was asked for, with options within the operator's limits.
+    @ivar drvOptions: what the derivation says of how to build it.
     @ivar inputs: the closure of all that may be used.
     @ivar places: where the outputs go, by name.
     @ivar sandboxed: whether the builder is confined.
@@ -60,9 +62,7 @@ class Build:
         it, and the outputs before they are in their place.
     """
 
-    drvPath: StorePath
-    drv: BasicDerivation
-    options: BuildOptions
+    request: BuildDerivation
     drvOptions: DerivationOptions
     inputs: frozenset[StorePath]
     places: Mapping[str, OutputPlace]
@@ -72,7 +72,7 @@ class Build:
     @property
     def hasNetwork(self) -> bool:
         """Its outputs are checked, so it may talk to the world; and if it fails, that may be the world's fault."""
-        return self.drv.kind() is OutputKind.FIXED
+        return self.request.drv.kind() is OutputKind.FIXED
 
 
 class Execution:
@@ -110,19 +110,19 @@ class Execution:
     ) -> BuildResult:
         layout, build = self._store.layout, self._build
         parent = self._settings.buildDir or f"{layout.stateDir}/builds"
-        workspace = makeBuildDir(layout, parent, build.drv.name, user, build.sandboxed)
+        workspace = makeBuildDir(layout, parent, build.request.drv.name, user, build.sandboxed)
         outcome: Outcome | None = None
         keep = False
         try:
             if build.sandboxed:
                 workspace.sandbox = self._makeSandbox(workspace.inner)
-            patience.limit(build.options.buildTimeout, self._timedOut())
+            patience.limit(build.request.options.buildTimeout, self._timedOut())
             outcome = self._runBuilder(workspace, log, cancel, patience)
             self._requireSuccess(outcome)
             result = BuildResult(BuildStatus.BUILT, builtOutputs=self._register(workspace, patience))
         except (BuildError, FormatError, StoreError, OSError) as error:
             result = failed(error)
-            keep = build.options.keepFailed and outcome is not None and not isBuiltin(build.drv.builder)
+            keep = build.request.options.keepFailed and outcome is not None and not isBuiltin(build.request.drv.builder)
         finally:
             workspace.remove(keep)
             with contextlib.suppress(StoreError):
@@ -174,18 +174,20 @@ class Execution:
         self._removeScratch()
         if workspace.sandbox is not None:
             workspace.sandbox.prepare(workspace.user)
-        spec = self._builtinSpec(workspace) if isBuiltin(build.drv.builder) else self._spec(workspace, patience)
-        limits = Limits(build.options.maxSilentTime, build.options.buildTimeout, build.options.maxLogSize)
+        spec = self._builtinSpec(workspace) if isBuiltin(build.request.drv.builder) else self._spec(workspace, patience)
+        limits = Limits(
+            build.request.options.maxSilentTime, build.request.options.buildTimeout, build.request.options.maxLogSize
+        )
         if not self._settings.keepLogs:
             return runBuilder(spec, log, limits, cancel)
-        with contextlib.closing(BuildLog(self._store.layout, build.drvPath)) as record:
+        with contextlib.closing(BuildLog(self._store.layout, build.request.drvPath)) as record:
             return runBuilder(spec, log, limits, cancel, record.write)
 
     def _spec(self, workspace: Workspace, patience: _Patience) -> ProcessSpec:
         """A builder that the derivation brings."""
         build = self._build
         seen = builderEnvironment(
-            build.drv,
+            build.request.drv,
             workspace.buildTop,
             self._store.storeDir,
             self._settings.cores,
@@ -198,13 +200,13 @@ class Execution:
         )
         workspace.writeFiles(seen.files)
         return ProcessSpec(
-            builder=build.drv.builder,
+            builder=build.request.drv.builder,
             args=seen.args,
             env=seen.env,
             user=workspace.user,
             cwd=workspace.inner,
             sandbox=workspace.sandbox,
-            linux32=build.drv.platform == "i686-linux" and self._settings.system == "x86_64-linux",
+            linux32=build.request.drv.platform == "i686-linux" and self._settings.system == "x86_64-linux",
             # Whoever builds for both has 32-bit programs in builds for either.
             socketcall="i686-linux" in {self._settings.system, *self._settings.extraPlatforms},
         )
@@ -213,15 +215,15 @@ class Execution:
         """A builder of our own. It gets the variables of the derivation, but not as its environment."""
         build = self._build
         if "out" not in build.places:
-            raise BuildError(BuildStatus.MISC_FAILURE, f"'{build.drv.builder}' needs an output 'out'")
-        env = build.drv.env
-        for old, new in outputRewrites(build.drv, self._outputPaths()).items():
+            raise BuildError(BuildStatus.MISC_FAILURE, f"'{build.request.drv.builder}' needs an output 'out'")
+        env = build.request.drv.env
+        for old, new in outputRewrites(build.request.drv, self._outputPaths()).items():
             env = {name: value.replace(old, new) for name, value in env.items()}
         job = BuiltinJob(
-            build.drv.builder, env, build.places["out"].scratch, build.hasNetwork, self._readCertificates()
+            build.request.drv.builder, env, build.places["out"].scratch, build.hasNetwork, self._readCertificates()
         )
         return ProcessSpec(
-            builder=build.drv.builder,
+            builder=build.request.drv.builder,
             args=(),
             env={"HOME": workspace.buildTop, "TMPDIR": workspace.buildTop},
             user=workspace.user,
@@ -251,8 +253,8 @@ class Execution:
             deletePath(build.workDir)
             os.mkdir(build.workDir, 0o700)
         built = BuiltOutputs(
-            build.drvPath,
-            build.drv,
+            build.request.drvPath,
+            build.request.drv,
             build.drvOptions,
             build.places,
             build.inputs,
@@ -262,7 +264,7 @@ class Execution:
         )
         store = self._store
         outputs = registerOutputs(store.layout, store.validPaths, self._session, built, patience)
-        return realisations(build.drv, outputs, store.storeDir)
+        return realisations(build.request.drv, outputs, store.storeDir)
 
     def _removeScratch(self) -> None:
         """Delete what lies where the builder puts what does not stay there. In a sandbox that goes with its root."""
@@ -293,12 +295,12 @@ class Execution:
         build, ending = self._build, outcome.ending
         title = self._title()
         if ending is Ending.SILENCE:
-            seconds = build.options.maxSilentTime
+            seconds = build.request.options.maxSilentTime
             return BuildStatus.TIMED_OUT, f"{title} timed out after {seconds} seconds of silence"
         if ending is Ending.TIMEOUT:
             return self._timedOut()
         if ending is Ending.LOG_LIMIT:
-            limit = build.options.maxLogSize
+            limit = build.request.options.maxLogSize
             return (
                 BuildStatus.LOG_LIMIT_EXCEEDED,
                 f"{title} killed after writing more than {limit} bytes of log output",
@@ -308,7 +310,7 @@ class Execution:
         how = f"with exit code {outcome.code}"
         if ending is Ending.SIGNAL:
             how = f"due to signal {outcome.code} ({signal.strsignal(outcome.code)})"
-        message = f"builder for '{build.drvPath}' failed {how}"
+        message = f"builder for '{build.request.drvPath}' failed {how}"
         if self._isDiskFull():
             note = "\nnote: build failure may have been caused by lack of free disk space"
             return BuildStatus.TRANSIENT_FAILURE, message + note
@@ -316,11 +318,14 @@ class Execution:
 
     def _title(self) -> str:
         build = self._build
-        wanted = f"{build.drvPath}!{','.join(sorted(build.drv.outputs))}"
+        wanted = f"{build.request.drvPath}!{','.join(sorted(build.request.drv.outputs))}"
         return f"building of '{wanted}' from in-memory derivation"
 
     def _timedOut(self) -> tuple[BuildStatus, str]:
-        return BuildStatus.TIMED_OUT, f"{self._title()} timed out after {self._build.options.buildTimeout} seconds"
+        return (
+            BuildStatus.TIMED_OUT,
+            f"{self._title()} timed out after {self._build.request.options.buildTimeout} seconds",
+        )
 
     def _isDiskFull(self) -> bool:
         layout = self._store.layout

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from nixserve.builder.builtins import isBuiltin
@@ -30,7 +31,7 @@ from nixserve.codec import base32
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, OutputKind, derivationName, drvPathOf
 from nixserve.codec.hashes import Hash
-from nixserve.codec.serve import BuildOptions
+from nixserve.codec.serve import BuildDerivation
 from nixserve.codec.storepath import StorePath, checkName, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
@@ -67,9 +68,7 @@ class LocalBuilder:
     def prepare(
         self,
         session: LocalSession,
-        drvPath: StorePath,
-        drv: BasicDerivation,
-        options: BuildOptions,
+        request: BuildDerivation,
         mustSandbox: bool = False,
     ) -> BuildResult | PreparedBuild:
         """
@@ -77,29 +76,25 @@ class LocalBuilder:
 
         @param session: keeps what the build needs from the collector. Nobody else may use it before the build has
             ended.
-        @param drvPath: what the derivation is called; need not be in the store.
-        @param drv: its C{inputSrcs} must be valid, and be all that it may use, but for their closures.
+        @param request: its C{drvPath} need not be in the store. The derivation's C{inputSrcs} must be valid, and be all
+            that it may use, but for their closures.
         @param mustSandbox: fail rather than build outside a sandbox.
         @return: the result, if there is nothing to build or it cannot be done.
         @raise Busy: a collector is at work, or somebody is building this; call again with the same arguments.
         """
         try:
-            return self._prepare(session, drvPath, drv, options, mustSandbox)
+            return self._prepare(session, request, mustSandbox)
         except Busy:
             raise
         except (BuildError, FormatError, StoreError) as error:
             return failed(error)
 
     def _prepare(
-        self,
-        session: LocalSession,
-        drvPath: StorePath,
-        drv: BasicDerivation,
-        options: BuildOptions,
-        mustSandbox: bool,
+        self, session: LocalSession, request: BuildDerivation, mustSandbox: bool
     ) -> BuildResult | PreparedBuild:
+        drvPath, drv = request.drvPath, request.drv
         known = self._knownPaths(drvPath, drv)
-        if options.nrRepeats:
+        if request.options.nrRepeats:
             raise _miscFailure("client requested repeating builds, but this is not currently implemented")
         session.addTempRoots({drvPath, *known.values(), *drv.inputSrcs})
         if valid := self._ifValid(session, drv, known):
@@ -128,8 +123,8 @@ class LocalBuilder:
         except BaseException:
             locks.abandon()
             raise
-        options = self.settings.limit(options)
-        build = Build(drvPath, drv, options, drvOptions, frozenset(inputs), places, sandboxed, workDir)
+        request = replace(request, options=self.settings.limit(request.options))
+        build = Build(request, drvOptions, frozenset(inputs), places, sandboxed, workDir)
         return PreparedBuild(Execution(self._store, self.settings, session, build), locks, scratch)
 
     def _knownPaths(self, drvPath: StorePath, drv: BasicDerivation) -> dict[str, StorePath]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,20 +31,20 @@ from nixserve.builder.plan import BuildPlan, PlannedBuild
 from nixserve.builder.process import CancelToken
 from nixserve.builder.settings import EXTRA_JOBS
 from nixserve.codec.buildresult import BuildResult, BuildStatus
-from nixserve.codec.derivation import BasicDerivation
 from nixserve.codec.peertext import hidePaths, peerText
-from nixserve.codec.serve import BuildOptions, BuildPathsResult
+from nixserve.codec.serve import BuildDerivation, BuildOptions, BuildPaths, BuildPathsResult
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError
-from nixserve.protocol.buildlog import BuildLog, Listener
-from nixserve.protocol.interfaces import IBuilds, ISharedWorkers
+from nixserve.protocol.building import BuildClient, IBuilds
+from nixserve.protocol.buildlog import BuildLog
+from nixserve.protocol.interfaces import ISharedWorkers
 from nixserve.protocol.logbudget import KEY, LogBudget
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.workers import Door, whenFired
-from nixserve.store.api import Busy, StoreSession
+from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
 
-__all__ = ["EXTRA_SECONDS", "BuildClient", "Builds"]
+__all__ = ["EXTRA_SECONDS", "Builds"]
 
 T = TypeVar("T")
 
@@ -57,33 +57,11 @@ _WORKERS_AT_ONCE = 2
 _log = Logger()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BuildClient:
-    """
-    Somebody who waits for builds.
-
-    @ivar name: whose turns the builds use up: one name, one queue.
-    @ivar listener: takes whole lines of logs.
-    @ivar door: the way to C{session}.
-    @ivar session: the client's own. What is built or found there for it stays there for as long as that is open.
-    @ivar mustSandbox: rather fail than build outside the sandbox.
-    """
-
-    name: str
-    listener: Listener
-    door: Door
-    session: StoreSession
-    mustSandbox: bool = False
-
-    def keep(self, paths: Collection[StorePath]) -> Deferred[None]:
-        """Make paths roots of the client's own session."""
-        return self.door.call(self.session.addTempRoots, paths)
-
-
 class _Build:
     """
     One build, from the first client's wish to the result.
 
+    @ivar request: what is wished.
     @ivar client: who asked first of those that still wait.
     @ivar waiting: who waits for the result.
     @ivar session: keeps what it needs and makes from the garbage collector.
@@ -95,17 +73,8 @@ class _Build:
     @ivar joinable: whoever wishes the same may still join.
     """
 
-    def __init__(
-        self,
-        drvPath: StorePath,
-        drv: BasicDerivation,
-        options: BuildOptions,
-        client: BuildClient,
-        reactor: Any,
-    ) -> None:
-        self.drvPath = drvPath
-        self.drv = drv
-        self.options = options
+    def __init__(self, request: BuildDerivation, client: BuildClient, reactor: Any) -> None:
+        self.request = request
         self.client = client
         self.log = BuildLog(reactor)
         self.token = CancelToken()
@@ -120,9 +89,14 @@ class _Build:
         self.ended: Deferred[None] = Deferred()
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[BuildDerivation, bool]:
         """What makes two wishes the same build."""
-        return (self.drvPath, self.drv, self.options, self.client.mustSandbox)
+        return (self.request, self.client.mustSandbox)
+
+    @property
+    def drvPath(self) -> StorePath:
+        """What is built."""
+        return self.request.drvPath
 
     def tell(self, line: str) -> None:
         """A line of ours for everybody who waits."""
@@ -207,13 +181,7 @@ class Builds:
         """How many builds are running, and how many wait for their turn."""
         return self._running, sum(build.turn is not None for build in self._builds)
 
-    def build(
-        self,
-        drvPath: StorePath,
-        drv: BasicDerivation,
-        options: BuildOptions,
-        client: BuildClient,
-    ) -> Deferred[BuildResult]:
+    def build(self, request: BuildDerivation, client: BuildClient) -> Deferred[BuildResult]:
         """
         Build, or join the same build that is under way.
 
@@ -221,7 +189,7 @@ class Builds:
         """
         if self._stopping:
             return succeed(_STOPPED)
-        wish = _Build(drvPath, drv, options, client, self._reactor)
+        wish = _Build(request, client, self._reactor)
         build = next((running for running in self._builds if running.joinable and running.key == wish.key), wish)
         result: Deferred[BuildResult] = Deferred(lambda _: self._leave(build, result))
         build.waiting[result] = client
@@ -236,18 +204,18 @@ class Builds:
             self._enqueue(build, client)
         return result
 
-    async def buildPaths(self, targets: Sequence[str], options: BuildOptions, client: BuildClient) -> BuildPathsResult:
+    def buildPaths(self, request: BuildPaths, client: BuildClient) -> Deferred[BuildPathsResult]:
         """
-        Build derivations that are in the store, and what they need.
+        See L{IBuilds.buildPaths}. Fails with L{nixserve.errors.FormatError} if a target is not in the store directory.
+        """
+        return Deferred.fromCoroutine(self._buildPaths(request, client))
 
-        @param targets: as L{nixserve.codec.messages.BuildPaths} has them.
-        @raise nixserve.errors.FormatError: one of them is not in the store directory.
-        """
-        plan = await client.door.call(BuildPlan, client.session, targets)
+    async def _buildPaths(self, request: BuildPaths, client: BuildClient) -> BuildPathsResult:
+        plan = await client.door.call(BuildPlan, client.session, request.targets)
         try:
-            result = await self._carryOut(plan, options, client)
+            result = await self._carryOut(plan, request.options, client)
         except (NixServeError, OSError) as error:
-            self.log.warn("cannot build {targets}: {error}", targets=targets, error=error)
+            self.log.warn("cannot build {targets}: {error}", targets=request.targets, error=error)
             result = BuildPathsResult(1, f"error: {peerText(error, self._store.storeDir.path)}")
         _tellMessages(plan, client)
         return result
@@ -257,7 +225,7 @@ class Builds:
         ended: DeferredQueue[tuple[StorePath, BuildResult]] = DeferredQueue()
 
         def start(planned: PlannedBuild) -> None:
-            building = self.build(planned.drvPath, planned.drv, options, client)
+            building = self.build(BuildDerivation(planned.drvPath, planned.drv, options), client)
             running[planned.drvPath] = building.addCallbacks(
                 lambda result: ended.put((planned.drvPath, result)),
                 lambda failure: failure.trap(CancelledError) and None,
@@ -361,8 +329,7 @@ class Builds:
         """
         if build.session is None:
             build.session = self._store.openSession()
-        options, mustSandbox = build.options, build.client.mustSandbox
-        prepared = self._builder.prepare(build.session, build.drvPath, build.drv, options, mustSandbox)
+        prepared = self._builder.prepare(build.session, build.request, build.client.mustSandbox)
         if isinstance(prepared, BuildResult):
             return prepared
         build.prepared = prepared

@@ -4,24 +4,16 @@ The seams of the Twisted side, as zope interfaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IProducer, IProtocol, ITransport
 from zope.interface import Attribute, Interface
 
-from nixserve.codec.buildresult import BuildResult
-from nixserve.codec.derivation import BasicDerivation
-from nixserve.codec.messages import BuildOptions, BuildPathsResult
-from nixserve.codec.storepath import StorePath
 from nixserve.protocol.policy import Peer, Policy
 
-if TYPE_CHECKING:
-    from nixserve.protocol.builds import BuildClient
-
 __all__ = [
-    "IBuilds",
     "IErrorReceiver",
     "IServeSessions",
     "IServeTransport",
@@ -132,32 +124,6 @@ class ISharedWorkers(IWorkers):
         The same workers for one client, who takes turns with the others. C{call} itself is one client more.
 
         @param atOnce: how many calls of this client may run at once.
-        """
-
-
-class IBuilds(Interface):
-    """
-    Who builds on one store, for the sessions on it.
-    """
-
-    def build(
-        drvPath: StorePath, drv: BasicDerivation, options: BuildOptions, client: BuildClient
-    ) -> Deferred[BuildResult]:
-        """
-        Build one derivation from inputs that are there, and keep what comes of it for C{client}.
-
-        @return: what came of it; a build that fails is a result as well. Cancelling leaves: what nobody waits for any
-            more is killed.
-        """
-
-    def buildPaths(
-        targets: Sequence[str], options: BuildOptions, client: BuildClient
-    ) -> Coroutine[Any, Any, BuildPathsResult]:
-        """
-        Build derivations that are in the store, and what they need.
-
-        @param targets: as L{nixserve.codec.messages.BuildPaths} has them.
-        @return: what came of it; a build that fails is a result as well.
         """
 
 

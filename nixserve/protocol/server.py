@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator
+from dataclasses import replace
 from functools import partial
 from operator import methodcaller
 from typing import Any, ClassVar, ParamSpec, TypeVar
@@ -39,7 +40,7 @@ from nixserve.codec.connection import (
     ServerEvent,
     VersionAgreed,
 )
-from nixserve.codec.derivation import BasicDerivation, drvPathOf, verifyBasicDerivation
+from nixserve.codec.derivation import drvPathOf, verifyBasicDerivation
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.peertext import hidePaths, peerText
 from nixserve.codec.serve import (
@@ -60,8 +61,8 @@ from nixserve.codec.serve import (
 )
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteProtocolError
-from nixserve.protocol.builds import BuildClient
-from nixserve.protocol.interfaces import IBuilds, Interruptible, IServeTransport, IWorkers
+from nixserve.protocol.building import BuildClient, IBuilds
+from nixserve.protocol.interfaces import Interruptible, IServeTransport, IWorkers
 from nixserve.protocol.memory import Memory
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import Peer, Policy, Right
@@ -543,22 +544,19 @@ class ServeServer(Protocol):
         follow from the derivation itself, or from what comes out.
         """
         builds = self._requireBuilds(request.options)
-        drvPath = request.drvPath
         if Right.TRUST not in self._policy.rights:
             try:
-                drvPath = await self._call(_verifiedDrvPath, drvPath, request.drv, self._store.storeDir)
+                request = await self._call(_verified, request, self._store.storeDir)
             except FormatError as e:
                 raise PolicyError(f"{e}; building it needs the right 'trust', or its .drv in the store") from e
         outputs = [output.path for output in request.drv.outputs.values() if output.path is not None]
-        await self._call(self._open.addTempRoots, [drvPath, *outputs, *request.drv.inputSrcs])
-        build = builds.build(drvPath, request.drv, request.options, self._buildClient())
-        self._reply(await self._interruptible(build))
+        await self._call(self._open.addTempRoots, [request.drvPath, *outputs, *request.drv.inputSrcs])
+        self._reply(await self._interruptible(builds.build(request, self._buildClient())))
 
     async def cmd_buildPaths(self, request: BuildPaths) -> None:
         """Build derivations that are in the store, and what they need."""
         builds = self._requireBuilds(request.options)
-        building = builds.buildPaths(request.targets, request.options, self._buildClient())
-        self._reply(await self._interruptible(Deferred.fromCoroutine(building)))
+        self._reply(await self._interruptible(builds.buildPaths(request, self._buildClient())))
 
     def _requireBuilds(self, options: BuildOptions) -> IBuilds:
         """
@@ -725,12 +723,13 @@ class ServeServer(Protocol):
         return {"peer": self._peer, "key": self._peer.key, "command": self._command and self._command.name}
 
 
-def _verifiedDrvPath(drvPath: StorePath, drv: BasicDerivation, storeDir: StoreDir) -> StorePath:
+def _verified(request: BuildDerivation, storeDir: StoreDir) -> BuildDerivation:
     """
     Check a derivation that comes from somebody who is not trusted.
 
-    @return: what it is called in truth: the name that came with it would be recorded as the deriver of its outputs.
+    @return: it, by what it is called in truth: the name that came with it would be recorded as the deriver of its
+        outputs.
     @raise FormatError: it cannot be verified.
     """
-    verifyBasicDerivation(drvPath, drv, storeDir)
-    return drvPathOf(drv, storeDir)
+    verifyBasicDerivation(request.drvPath, request.drv, storeDir)
+    return replace(request, drvPath=drvPathOf(request.drv, storeDir))

@@ -10,8 +10,9 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.interfaces import IProtocol, IReactorTime
 from zope.interface import implementer
 
+from nixserve.protocol.building import IBuilds
 from nixserve.protocol.descriptors import SESSION, Descriptors
-from nixserve.protocol.interfaces import IBuilds, IServeSessions, ISharedWorkers
+from nixserve.protocol.interfaces import IServeSessions, ISharedWorkers
 from nixserve.protocol.limits import DEFAULT_LIMITS, Limits
 from nixserve.protocol.memory import Memory
 from nixserve.protocol.policy import Peer, Policy, Right

@@ -4,22 +4,19 @@ Builds on a L{RemoteStore}: the remote builds, and says here what it says.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from nixserve.codec.buildresult import BuildResult
-from nixserve.codec.derivation import BasicDerivation
-from nixserve.codec.serve import BuildOptions, BuildPathsResult
-from nixserve.codec.storepath import StorePath
+from nixserve.codec.serve import BuildDerivation, BuildPaths, BuildPathsResult
 from nixserve.errors import PolicyError
+from nixserve.protocol.building import BuildClient, IBuilds
 from nixserve.protocol.buildlog import Listener
 from nixserve.protocol.buildoutputs import checkBuiltOutputs
-from nixserve.protocol.builds import BuildClient
 from nixserve.protocol.client import ServeClient
-from nixserve.protocol.interfaces import IBuilds
 from nixserve.remote.store import RemoteSession
 
 __all__ = ["RemoteBuilds"]
@@ -40,30 +37,28 @@ class RemoteBuilds:
     turn, is the remote's affair.
     """
 
-    def build(
-        self, drvPath: StorePath, drv: BasicDerivation, options: BuildOptions, client: BuildClient
-    ) -> Deferred[BuildResult]:
+    def build(self, request: BuildDerivation, client: BuildClient) -> Deferred[BuildResult]:
         """See L{IBuilds.build}."""
-        return Deferred.fromCoroutine(self._build(drvPath, drv, options, client))
 
-    async def buildPaths(self, targets: Sequence[str], options: BuildOptions, client: BuildClient) -> BuildPathsResult:
-        """See L{IBuilds.buildPaths}."""
-        return await self._forward(client, lambda keeper: keeper.buildPaths(targets, options))
-
-    async def _build(
-        self, drvPath: StorePath, drv: BasicDerivation, options: BuildOptions, client: BuildClient
-    ) -> BuildResult:
         async def build(keeper: ServeClient) -> BuildResult:
-            result = await keeper.buildDerivation(drvPath, drv, options)
-            checkBuiltOutputs(keeper.name, drvPath, drv, result, keeper.storeDir)
+            result = await keeper.buildDerivation(request.drvPath, request.drv, request.options)
+            checkBuiltOutputs(keeper.name, request.drvPath, request.drv, result, keeper.storeDir)
             if outputs := [realisation.outPath for realisation in result.builtOutputs.values()]:
                 # Those whose paths were not known before are roots only now.
                 await keeper.queryValidPaths(outputs, lock=True)
             return result
 
-        return await self._forward(client, build)
+        return Deferred.fromCoroutine(self._forward(client, build))
 
-    async def _forward(self, client: BuildClient, request: Callable[[ServeClient], Awaitable[T]]) -> T:
+    def buildPaths(self, request: BuildPaths, client: BuildClient) -> Deferred[BuildPathsResult]:
+        """See L{IBuilds.buildPaths}."""
+
+        def build(keeper: ServeClient) -> Deferred[BuildPathsResult]:
+            return keeper.buildPaths(request.targets, request.options)
+
+        return Deferred.fromCoroutine(self._forward(client, build))
+
+    async def _forward(self, client: BuildClient, build: Callable[[ServeClient], Awaitable[T]]) -> T:
         """
         @raise PolicyError: the build must be confined.
         @raise nixserve.errors.RemoteError: the remote refuses, or is gone.
@@ -80,7 +75,7 @@ class RemoteBuilds:
         # For good: some lines come after the result that they belong to.
         session.sessions.listener = lines.feed
         try:
-            return await request(keeper)
+            return await build(keeper)
         finally:
             lines.flush()
 

@@ -13,11 +13,10 @@ from zope.interface import implementer
 from nixserve.builder.plan import BuildPlan
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation
-from nixserve.codec.messages import BuildOptions, BuildPathsResult
+from nixserve.codec.messages import BuildDerivation, BuildPaths, BuildPathsResult
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
-from nixserve.protocol.builds import BuildClient
-from nixserve.protocol.interfaces import IBuilds
+from nixserve.protocol.building import BuildClient, IBuilds
 from nixserve.testing.objects import Tree, addObject, makeInfo, makeNar
 
 __all__ = ["Built", "Script", "ScriptedBuilds", "buildTrees"]
@@ -71,15 +70,16 @@ class ScriptedBuilds:
         self.asked: list[StorePath] = []
         self._script = script
 
-    def build(
-        self, drvPath: StorePath, drv: BasicDerivation, options: BuildOptions, client: BuildClient
-    ) -> Deferred[BuildResult]:
+    def build(self, request: BuildDerivation, client: BuildClient) -> Deferred[BuildResult]:
         """See L{IBuilds.build}. The script is not asked for what is valid already."""
-        return Deferred.fromCoroutine(self._build(drvPath, drv, client))
+        return Deferred.fromCoroutine(self._build(request.drvPath, request.drv, client))
 
-    async def buildPaths(self, targets: Sequence[str], options: BuildOptions, client: BuildClient) -> BuildPathsResult:
+    def buildPaths(self, request: BuildPaths, client: BuildClient) -> Deferred[BuildPathsResult]:
         """See L{IBuilds.buildPaths}. One after the other."""
-        plan = await client.door.call(BuildPlan, client.session, targets)
+        return Deferred.fromCoroutine(self._buildPaths(request, client))
+
+    async def _buildPaths(self, request: BuildPaths, client: BuildClient) -> BuildPathsResult:
+        plan = await client.door.call(BuildPlan, client.session, request.targets)
         while planned := await client.door.call(plan.next, 1):
             (build,) = planned
             result = await self._build(build.drvPath, build.drv, client)

@@ -23,9 +23,10 @@ from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTermin
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
+from nixserve.protocol.building import IBuilds
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
-from nixserve.protocol.interfaces import IBuilds, IWorkers
+from nixserve.protocol.interfaces import IWorkers
 from nixserve.protocol.policy import EVERYTHING, Peer, Policy
 from nixserve.protocol.server import ServeServer
 from nixserve.protocol.workers import Door

@@ -29,7 +29,7 @@ from nixserve.codec.derivation import (
     verifyBasicDerivation,
 )
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.serve import BuildOptions
+from nixserve.codec.serve import BuildDerivation, BuildOptions
 from nixserve.codec.storepath import StorePath
 from nixserve.store.api import Busy
 from nixserve.store.files import hashPath
@@ -121,7 +121,7 @@ class Building:
     def prepare(self, drv, mustSandbox=False, drvPath=None, session=None, **options):
         self.session = session or self.store.openSession()
         drvPath = drvPath or drvPathOf(drv, self.store.storeDir)
-        return self.builder.prepare(self.session, drvPath, drv, BuildOptions(**options), mustSandbox)
+        return self.builder.prepare(self.session, BuildDerivation(drvPath, drv, BuildOptions(**options)), mustSandbox)
 
     def build(self, drv, cancel=None, **arguments):
         """Build; the result."""
@@ -1146,7 +1146,7 @@ os.setgroups([]); os.setgid(65534); os.setuid(65534)
 from nixserve.builder.local import BuildSettings, LocalBuilder, SandboxMode, removeAbandoned
 from nixserve.builder.process import CancelToken
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
-from nixserve.codec.serve import BuildOptions
+from nixserve.codec.serve import BuildDerivation
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 with tempfile.TemporaryDirectory(dir="/var/tmp") as root:
@@ -1156,7 +1156,8 @@ with tempfile.TemporaryDirectory(dir="/var/tmp") as root:
     drv = BasicDerivation("x", {"out": floating}, frozenset(), BuildSettings().system, "/bin/sh", ("-c", sys.argv[1]), {
         "out": "/1rz4g4znpzjwh1xymhjpm42vipw92pr73vdgl6xs1hycac8kf2n9"})
     drvPath = store.storeDir.parse("/nix/store/" + 32 * "0" + "-x.drv")
-    prepared = LocalBuilder(store, BuildSettings(sandbox=SandboxMode.ON)).prepare(session, drvPath, drv, BuildOptions())
+    builder = LocalBuilder(store, BuildSettings(sandbox=SandboxMode.ON))
+    prepared = builder.prepare(session, BuildDerivation(drvPath, drv))
     result = prepared.run(lambda lines: sys.stderr.buffer.write(lines), CancelToken())
     print(int(result.status), result.errorMsg)
     for made in result.builtOutputs.values():

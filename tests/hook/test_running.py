@@ -65,10 +65,10 @@ class Builds(ScriptedBuilds):
         super().__init__(script)
         self.options = []
 
-    def build(self, drvPath, drv, options, client):
+    def build(self, request, client):
         """See L{ScriptedBuilds}."""
-        self.options.append(options)
-        return super().build(drvPath, drv, options, client)
+        self.options.append(request.options)
+        return super().build(request, client)
 
 
 class Machine(RelayFactory):

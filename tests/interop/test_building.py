@@ -20,7 +20,7 @@ from nixserve.builder.process import CancelToken
 from nixserve.builder.sandbox import findShell, sandboxProblem
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.derivation import BasicDerivation
-from nixserve.codec.serve import BuildOptions
+from nixserve.codec.serve import BuildDerivation, BuildOptions
 from nixserve.codec.storepath import StoreDir
 from nixserve.store.api import Busy
 from nixserve.store.layout import StoreLayout
@@ -168,7 +168,7 @@ class Ours:
     def run(self, drvPath, drv, options):
         session = self.store.openSession()
         try:
-            prepared = self.builder.prepare(session, drvPath, drv, options)
+            prepared = self.builder.prepare(session, BuildDerivation(drvPath, drv, options))
             if isinstance(prepared, BuildResult):
                 return prepared
             return prepared.run(self.hear, CancelToken())
@@ -359,7 +359,7 @@ def untilNotBusy(builder, session, drvPath, drv):
     busy = 0
     while True:
         try:
-            return builder.prepare(session, drvPath, drv, BuildOptions()), busy
+            return builder.prepare(session, BuildDerivation(drvPath, drv)), busy
         except Busy as error:
             busy += 1
             time.sleep(error.retryAfter)

@@ -10,9 +10,10 @@ from twisted.python.failure import Failure
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
-from nixserve.codec.serve import BuildOptions
+from nixserve.codec.serve import BuildDerivation, BuildOptions
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.protocol.builds import BuildClient, Builds
+from nixserve.protocol.building import BuildClient
+from nixserve.protocol.builds import Builds
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy
 from nixserve.testing import ManualWorkers
@@ -143,8 +144,9 @@ class Builder:
         self.ran = []
         self.mustSandbox = {}
 
-    def prepare(self, session, drvPath, drv, options, mustSandbox=False):
+    def prepare(self, session, request, mustSandbox=False):
         """See L{nixserve.builder.local.LocalBuilder}."""
+        drvPath = request.drvPath
         assert not session.closed
         self.mustSandbox[drvPath] = mustSandbox
         if drvPath in self.locks or self.busy[drvPath] > 0:
@@ -241,7 +243,7 @@ class Client:
     def build(self, *names, options=OPTIONS):
         """Ask for builds."""
         for name in names:
-            building = self.world.builds.build(*derivation(name), options, self.client)
+            building = self.world.builds.build(BuildDerivation(*derivation(name), options), self.client)
             self.waiting[name] = building
             building.addBoth(lambda result, name=name: self.results.__setitem__(name, result))
         return self
