@@ -23,6 +23,7 @@ from nixserve.builder.builtins import isBuiltin
 from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.execution import Build, Execution, failed
 from nixserve.builder.outputs import OutputPlace
+from nixserve.builder.plan import missingDependency
 from nixserve.builder.process import CancelToken
 from nixserve.builder.realising import realisations
 from nixserve.builder.sandbox import Sandbox, sandboxProblem
@@ -94,14 +95,13 @@ class LocalBuilder:
     ) -> BuildResult | PreparedBuild:
         drvPath, drv = request.drvPath, request.drv
         known = self._knownPaths(drvPath, drv)
-        if request.options.nrRepeats:
-            raise _miscFailure("client requested repeating builds, but this is not currently implemented")
-        session.addTempRoots({drvPath, *known.values(), *drv.inputSrcs})
+        if request.options.refusal:
+            raise _miscFailure(request.options.refusal)
+        session.addTempRoots(request.mentioned.union(known.values()))
         if valid := self._ifValid(session, drv, known):
             return valid
-        missing = sorted(drv.inputSrcs - session.queryValidPaths(drv.inputSrcs))
-        if missing:
-            raise _miscFailure(f"dependency '{missing[0]}' of '{drvPath}' does not exist, and substitution is disabled")
+        if missing := missingDependency(drvPath, drv, session.queryValidPaths(drv.inputSrcs)):
+            raise _miscFailure(missing)
         drvOptions = DerivationOptions.of(drv)
         self._requireFeatures(drvPath, drv, drvOptions)
         sandboxed = self._decideSandbox(drvPath, drvOptions, mustSandbox)
@@ -142,13 +142,11 @@ class LocalBuilder:
         kind = drv.kind()
         if kind in (OutputKind.DEFERRED, OutputKind.IMPURE):
             raise _miscFailure(f"cannot build '{drvPath}': its outputs are {kind.value}")
-        known: dict[str, StorePath] = {}
+        known = drv.knownOutputPaths
         for name, output in drv.outputs.items():
             ca = output.contentAddress
             if ca is not None:
                 known[name] = self._store.storeDir.makeContentAddressedPath(ca, outputPathName(drv.name, name))
-            elif output.path is not None:
-                known[name] = output.path
         for path in known.values():
             if StorePath(path + LOCK_SUFFIX) in known.values():
                 raise _miscFailure(f"cannot build '{drvPath}': one output is called like the lock file of '{path}'")

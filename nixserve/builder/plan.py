@@ -26,7 +26,7 @@ from nixserve.codec.storepath import StorePath
 from nixserve.errors import FormatError, StoreError
 from nixserve.store.api import Busy, StoreSession
 
-__all__ = ["BuildPlan", "PlannedBuild"]
+__all__ = ["BuildPlan", "PlannedBuild", "missingDependency"]
 
 #: Between the path of a derivation and the names of outputs in a target.
 _SEPARATOR = "!"
@@ -255,7 +255,7 @@ class BuildPlan:
             self._session.addTempRoots(self._unexpanded)
             valid = self._session.queryValidPaths(self._unexpanded)
             self._read([goal for goal in level if goal.path in valid])
-            self._session.addTempRoots([path for goal in level if goal.drv for path in _mentioned(goal.drv)])
+            self._session.addTempRoots([path for goal in level if goal.drv for path in goal.drv.mentioned])
             self._unexpanded = set()
             for goal in level:
                 if goal.path not in valid:
@@ -277,7 +277,7 @@ class BuildPlan:
 
     def _expand(self, goals: list[_Goal]) -> None:
         """Settle which of these have to be built, and what they need."""
-        paths = {path for goal in goals for path in _mentioned(goal.known)}
+        paths = {path for goal in goals for path in goal.known.mentioned}
         valid = self._session.queryValidPaths(paths)
         for goal in goals:
             drv = goal.known
@@ -287,13 +287,12 @@ class BuildPlan:
                 return
             if goal.state not in (_State.NEW, _State.DONE):
                 continue
-            goal.outputs = {name: output.path for name, output in drv.outputs.items() if output.path is not None}
+            goal.outputs = drv.knownOutputPaths
             if all(goal.outputs.get(name) in valid for name in goal.wantedNames):
                 goal.state = _State.DONE
                 continue
-            missing = sorted(drv.inputSrcs - valid)
-            if missing:
-                self._giveUp(f"dependency '{missing[0]}' of '{goal.path}' does not exist, and substitution is disabled")
+            if missing := missingDependency(goal.path, drv, valid):
+                self._giveUp(missing)
                 return
             self._await(goal)
         # Only now: one of the level may be another's input.
@@ -400,13 +399,19 @@ class BuildPlan:
         return 0b1100000 | bits if bits else 1
 
 
+def missingDependency(drvPath: StorePath, drv: BasicDerivation, valid: Collection[StorePath]) -> str:
+    """
+    What a build lacks that nobody can make.
+
+    @param valid: the valid ones among its sources.
+    @return: what Nix says about the first of them; empty if nothing is missing.
+    """
+    missing = min(drv.inputSrcs.difference(valid), default=None)
+    return f"dependency '{missing}' of '{drvPath}' does not exist, and substitution is disabled" if missing else ""
+
+
 def _dependenciesFailed(goal: _Goal) -> str:
     return f"{goal.failedInputs} dependencies of derivation '{goal.path}' failed to build"
-
-
-def _mentioned(drv: Derivation) -> list[StorePath]:
-    """Outputs and sources: what must not vanish while the plan is being carried out."""
-    return [*(output.path for output in drv.outputs.values() if output.path is not None), *drv.inputSrcs]
 
 
 def _asError(message: str) -> str:

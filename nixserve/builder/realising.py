@@ -44,8 +44,8 @@ def _drvHash(drv: BasicDerivation, storeDir: StoreDir) -> str:
         env = {name: "" if name in drv.outputs else value for name, value in drv.env.items()}
         return hashBytes("sha256", unparse(replace(drv, env=env))).hexText
     masked = hashBytes("sha256", unparse(drv, maskOutputs=True))
-    for name, output in drv.outputs.items():
-        if output.path is not None and output.path != storeDir.makeOutputPath(name, masked, drv.name):
+    for name, path in drv.knownOutputPaths.items():
+        if path != storeDir.makeOutputPath(name, masked, drv.name):
             return UNKNOWN_DRV_HASH
     return masked.hexText
 

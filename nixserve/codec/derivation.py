@@ -144,6 +144,16 @@ class BasicDerivation:
     args: tuple[str, ...]
     env: Mapping[str, str]
 
+    @property
+    def knownOutputPaths(self) -> dict[str, StorePath]:
+        """Where outputs go, by name: those of which that is known before the build."""
+        return {name: output.path for name, output in self.outputs.items() if output.path is not None}
+
+    @property
+    def mentioned(self) -> set[StorePath]:
+        """Sources, and outputs whose paths are known: what must not vanish while it is built."""
+        return {*self.inputSrcs, *self.knownOutputPaths.values()}
+
     def kind(self) -> OutputKind:
         """
         The kind that all outputs have in common.

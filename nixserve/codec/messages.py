@@ -69,6 +69,11 @@ class BuildOptions:
     enforceDeterminism: bool = False
     keepFailed: bool = False
 
+    @property
+    def refusal(self) -> str:
+        """Why nobody builds in this way, as Nix says it from 2.13 on; empty if they do."""
+        return "client requested repeating builds, but this is not currently implemented" if self.nrRepeats else ""
+
 
 @dataclass(frozen=True, slots=True)
 class QueryValidPaths:
@@ -151,6 +156,11 @@ class BuildDerivation:
     drvPath: StorePath
     drv: BasicDerivation
     options: BuildOptions = BuildOptions()
+
+    @property
+    def mentioned(self) -> set[StorePath]:
+        """What must not vanish while it is built."""
+        return {self.drvPath, *self.drv.mentioned}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ __all__ = ["fetchOutputs", "knownOutputs"]
 
 def knownOutputs(drv: BasicDerivation) -> frozenset[StorePath]:
     """The outputs whose paths are known before they are built. The Nix that asks has locked them."""
-    return frozenset(output.path for output in drv.outputs.values() if output.path is not None)
+    return frozenset(drv.knownOutputPaths.values())
 
 
 async def fetchOutputs(

@@ -65,11 +65,9 @@ def outputsOf(
     @raise RemoteError: it does not, or what it tells is not about this derivation.
     """
     checkBuiltOutputs(remote, drvPath, drv, result, storeDir)
-    outputs = {}
-    for name, output in drv.outputs.items():
-        if output.path is not None:
-            outputs[name] = output.path
-        elif name in result.builtOutputs:
+    outputs = drv.knownOutputPaths
+    for name in sorted(drv.outputs.keys() - outputs.keys()):
+        if name in result.builtOutputs:
             outputs[name] = result.builtOutputs[name].outPath
         elif name in wanted:
             raise RemoteError(f"{_named(remote)} does not say where the output '{name}' of '{drvPath}' is")

@@ -168,7 +168,7 @@ class _Job:
         self.path = path
         self.drv = drv
         self.wanted: set[str] = set()
-        self.outputs = {name: output.path for name, output in drv.outputs.items() if output.path is not None}
+        self.outputs = drv.knownOutputPaths
         self.want(wanted)
 
     def want(self, names: Iterable[str]) -> None:
@@ -308,7 +308,7 @@ class _Building:
         return found
 
     def _learn(self, drv: BasicDerivation) -> None:
-        self._known |= {output.path: output for output in drv.outputs.values() if output.path is not None}
+        self._known |= promisedOutputs(drv, drv.knownOutputPaths)
 
     def _sorted(self, root: _Job) -> list[_Job]:
         """Dependencies first. A derivation's path depends on those of its inputs, so there are no cycles."""
@@ -411,7 +411,7 @@ class _Building:
         outputs: InputOutputs = {path: other.wantedPaths() for path, other in inputs.items()}
         if mustResolve(job.drv, kinds):
             resolved = resolve(job.drv, outputs, self._here.storeDir)
-            job.outputs |= {name: output.path for name, output in resolved.outputs.items() if output.path is not None}
+            job.outputs |= resolved.knownOutputPaths
             return drvPathOf(resolved, self._here.storeDir), resolved
         paths = {outputs[path][name] for path, names in job.drv.inputDrvs.items() for name in names}
         return job.path, basicDerivation(job.drv, job.drv.inputSrcs | paths)

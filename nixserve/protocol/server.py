@@ -549,8 +549,7 @@ class ServeServer(Protocol):
                 request = await self._call(_verified, request, self._store.storeDir)
             except FormatError as e:
                 raise PolicyError(f"{e}; building it needs the right 'trust', or its .drv in the store") from e
-        outputs = [output.path for output in request.drv.outputs.values() if output.path is not None]
-        await self._call(self._open.addTempRoots, [request.drvPath, *outputs, *request.drv.inputSrcs])
+        await self._call(self._open.addTempRoots, request.mentioned)
         self._reply(await self._interruptible(builds.build(request, self._buildClient())))
 
     async def cmd_buildPaths(self, request: BuildPaths) -> None:
@@ -564,8 +563,8 @@ class ServeServer(Protocol):
         """
         if self._builds is None:
             raise PolicyError("this nixserve does not build: take it out of the builders, or use it for copying only")
-        if options.nrRepeats:
-            raise PolicyError("client requested repeating builds, but this is not currently implemented")
+        if options.refusal:
+            raise PolicyError(options.refusal)
         return self._builds
 
     def _buildClient(self) -> BuildClient:

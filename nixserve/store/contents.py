@@ -334,7 +334,7 @@ def derivationOutputs(
         checkDerivationOutputs(path, drv, hashes.lookup, storeDir, hashes)
     finally:
         hashes.keep()
-    return {name: output.path for name, output in drv.outputs.items() if output.path is not None}
+    return drv.knownOutputPaths
 
 
 def _fileContents(path: StorePath, dump: Iterable[bytes]) -> Iterator[bytes | memoryview]:

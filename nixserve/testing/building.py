@@ -87,7 +87,7 @@ class ScriptedBuilds:
         return await client.door.call(plan.result)
 
     async def _build(self, drvPath: StorePath, drv: BasicDerivation, client: BuildClient) -> BuildResult:
-        known = {name: output.path for name, output in drv.outputs.items() if output.path is not None}
+        known = drv.knownOutputPaths
         await client.keep(known.values())
         valid = await client.door.call(client.session.queryValidPaths, list(known.values()))
         if len(valid) == len(drv.outputs):

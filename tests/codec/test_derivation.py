@@ -28,6 +28,7 @@ from nixserve.codec.derivation import (
     verifyBasicDerivation,
 )
 from nixserve.codec.hashes import Hash, hashBytes
+from nixserve.codec.messages import BuildDerivation
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError
 from tests import strategies
@@ -455,6 +456,21 @@ def test_floatingMethodsMayDiffer():
     """Only the algorithm of floating outputs must be the same."""
     outputs = {"a": DerivationOutput(None, "sha256"), "out": DerivationOutput(None, "r:sha256")}
     assert small(outputs=outputs).kind() is OutputKind.FLOATING
+
+
+def test_mentioned():
+    """What must not vanish during a build are its sources, and its outputs as far as it says where they go."""
+    source, other = STORE.parse(SOME_PATH + "-source"), STORE.parse(SOME_PATH + "-other")
+    outputs = {
+        "out": DerivationOutput(SOME_PATH),
+        "dev": DerivationOutput(None, "r:sha256"),
+        "doc": DerivationOutput(None),
+    }
+    drv = BasicDerivation("x", outputs, frozenset({source, other}), "x", "/bin/sh", (), {})
+    assert drv.knownOutputPaths == {"out": SOME_PATH}
+    assert drv.mentioned == {SOME_PATH, source, other}
+    asked = STORE.parse(SOME_PATH + ".drv")
+    assert BuildDerivation(asked, drv).mentioned == {asked, SOME_PATH, source, other}
 
 
 def test_derivationName():
