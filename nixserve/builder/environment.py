@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from nixserve.builder.drvoptions import DerivationOptions
-from nixserve.builder.resolution import outputPlaceholder
 from nixserve.builder.structuredattrs import JSON, writeJSON, writeShell
 from nixserve.codec.buildresult import BuildStatus
 from nixserve.codec.derivation import BasicDerivation, OutputKind
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.resolution import outputPlaceholder
 from nixserve.codec.storepath import BadStorePath, StoreDir, StorePath
 from nixserve.codec.text import encodeText
 from nixserve.errors import BuildError

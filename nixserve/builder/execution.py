@@ -22,13 +22,13 @@ from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.environment import builderEnvironment, outputRewrites
 from nixserve.builder.outputs import BuiltOutputs, OutputPlace, registerOutputs
 from nixserve.builder.process import CancelToken, Ending, Limits, Outcome, ProcessSpec, runBuilder
-from nixserve.builder.realising import realisations
 from nixserve.builder.sandbox import Sandbox, SandboxPath
 from nixserve.builder.settings import BuildSettings
 from nixserve.builder.users import BuildUser
 from nixserve.builder.workspace import Workspace, makeBuildDir
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import OutputKind
+from nixserve.codec.realisation import realisations
 from nixserve.codec.serve import BuildDerivation
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, FormatError, StoreError

@@ -25,13 +25,13 @@ from nixserve.builder.execution import Build, Execution, failed
 from nixserve.builder.outputs import OutputPlace
 from nixserve.builder.plan import missingDependency
 from nixserve.builder.process import CancelToken
-from nixserve.builder.realising import realisations
 from nixserve.builder.sandbox import Sandbox, sandboxProblem
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.codec import base32
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, OutputKind, derivationName, drvPathOf
 from nixserve.codec.hashes import Hash
+from nixserve.codec.realisation import realisations
 from nixserve.codec.serve import BuildDerivation
 from nixserve.codec.storepath import StorePath, checkName, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError

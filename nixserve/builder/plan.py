@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nixserve.builder.outputs import HASH_MISMATCH
-from nixserve.builder.resolution import basicDerivation, mustResolve, resolve
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, Derivation, derivationName
 from nixserve.codec.peertext import peerText
+from nixserve.codec.resolution import basicDerivation, mustResolve, resolve
 from nixserve.codec.serve import BuildPathsResult
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import FormatError, StoreError

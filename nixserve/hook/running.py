@@ -22,11 +22,11 @@ from typing import Any, Final, TypeVar
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import deferLater
 
-from nixserve.builder.realising import realisations
-from nixserve.builder.resolution import basicDerivation
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.derivation import BasicDerivation, Derivation
 from nixserve.codec.messages import BuildOptions
+from nixserve.codec.realisation import realisations
+from nixserve.codec.resolution import basicDerivation
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError, RemoteError, RemoteProtocolError
 from nixserve.hook.activities import CopyActivities

@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from nixserve.builder.realising import realisations
 from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, Realisation
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput, OutputKind
 from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.realisation import realisations
 from nixserve.codec.storepath import StoreDir, StorePath, outputPathName
 from nixserve.errors import RemoteError
 

@@ -15,11 +15,11 @@ from typing import Final
 
 from twisted.internet.defer import Deferred
 
-from nixserve.builder.resolution import InputOutputs, basicDerivation, mustResolve, resolve
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, derivationName, drvPathOf
 from nixserve.codec.messages import BuildOptions
 from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.resolution import InputOutputs, basicDerivation, mustResolve, resolve
 from nixserve.codec.serve import batches
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, FormatError, RemoteError, StoreError

@@ -8,13 +8,13 @@ import pytest
 from nixserve.builder import environment as environmentModule
 from nixserve.builder.drvoptions import DerivationOptions, OutputChecks
 from nixserve.builder.environment import builderEnvironment, outputRewrites
-from nixserve.builder.resolution import outputPlaceholder
 from nixserve.builder.structuredattrs import parseStructuredAttrs, writeJSON
 from nixserve.codec.buildresult import BuildStatus
 from nixserve.codec.contentaddress import ContentAddress
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput, parseDerivation
 from nixserve.codec.hashes import Hash, hashBytes
 from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.resolution import outputPlaceholder
 from nixserve.codec.storepath import StoreDir, StorePath, outputPathName
 from nixserve.errors import BuildError
 from nixserve.store.api import InvalidPath

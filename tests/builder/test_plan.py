@@ -3,11 +3,11 @@
 import pytest
 
 from nixserve.builder.plan import BuildPlan
-from nixserve.builder.resolution import outputPlaceholder, upstreamPlaceholder
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import Derivation, DerivationOutput, drvPathOf, verifyBasicDerivation
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.storepath import StoreDir, StorePath
+from nixserve.codec.resolution import upstreamPlaceholder
+from nixserve.codec.storepath import StoreDir
 from nixserve.errors import FormatError, StoreError
 from nixserve.store.api import Busy
 
@@ -405,13 +405,6 @@ def test_badTargets(store, target):
 
 FLOATING = DerivationOutput(None, "r:sha256", "")
 DEFERRED = DerivationOutput(None)
-
-
-def test_placeholders():
-    """As Nix 2.8 computes them."""
-    assert outputPlaceholder("out") == "/1rz4g4znpzjwh1xymhjpm42vipw92pr73vdgl6xs1hycac8kf2n9"
-    drvPath = StorePath("/nix/store/wmpxl795pbhhnlqc2wr5qzl4g0227slp-ca.drv")
-    assert upstreamPlaceholder(drvPath, "out") == "/1yc80liqblgvcc51rn5narn4y6736fj2izzgr96x1448bcjnd5b6"
 
 
 def test_resolution(store):

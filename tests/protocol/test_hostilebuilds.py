@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from nixserve.builder.realising import realisations
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput
 from nixserve.codec.hashes import hashBytes
+from nixserve.codec.realisation import realisations
 from nixserve.errors import NixServeError, RemoteError, StoreError
 from nixserve.protocol.buildoutputs import checkBuiltOutputs
 from nixserve.store.memory import MemoryStore

@@ -3,7 +3,6 @@
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
-from nixserve.builder.resolution import upstreamPlaceholder
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, drvPathOf, outputPaths, unparse
@@ -11,6 +10,7 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.codec.messages import BuildOptions
 from nixserve.codec.nar import regularEnd, regularStart
 from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.resolution import upstreamPlaceholder
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.protocol.copying import CopyProgress
