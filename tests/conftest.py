@@ -1,9 +1,14 @@
 """
 What holds for all tests.
 
-They follow the packages: the tests of C{nixserve/codec/nar.py} are in C{tests/codec/test_nar.py}. Beside them are
-C{interop}, against real Nix and real SSH; C{fuzz}, whatever bytes arrive; C{docs}, what the documentation says; and
-C{bench}, programs that measure, which compare with the real pair in the same run and print ratios.
+They follow the packages: the tests of C{nixserve/codec/nar.py} are in C{tests/codec/test_nar.py}; what a module does
+together with others, in a file beside it that says so. Beside the packages are C{interop}, against real Nix and real
+SSH; C{fuzz}, whatever bytes arrive; C{docs}, what the documentation says; and C{bench}, programs that measure, which
+compare with the real pair in the same run and print ratios.
+
+What several files of tests need is in a module called after what it holds, such as C{tests/builder/workplace.py};
+doubles that are of use to others as well are in L{nixserve.testing}. Only pytest imports tests and C{conftest.py}:
+C{tests/test_tree.py} sees to that.
 """
 
 import signal

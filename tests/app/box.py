@@ -7,9 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+from nixserve.store.files import deletePath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 
@@ -89,6 +92,19 @@ class Box:
             for stream in (child.stdin, child.stdout, child.stderr):
                 if stream is not None:
                     stream.close()
+
+
+@contextmanager
+def temporaryBox():
+    """A L{Box}, removed afterwards with everything that runs in it."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    path = os.path.realpath(tempfile.mkdtemp(prefix="nsa-", dir=base))
+    box = Box(path)
+    try:
+        yield box
+    finally:
+        box.close()
+        deletePath(path)
 
 
 class Service:

@@ -3,25 +3,17 @@ A place of its own for each test of the commands: home, state and temporary dire
 else in it; the commands as they are installed; the service as a child process.
 """
 
-import os
-import tempfile
-
 import pytest
 
-from nixserve.store.files import deletePath
-from tests.app.box import Box, Service
+from tests.app.box import Service, temporaryBox
 from tests.interop.nix import requireProgram
 
 
 @pytest.fixture
 def box():
-    """A L{Box}, removed afterwards with everything that runs in it."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    path = os.path.realpath(tempfile.mkdtemp(prefix="nsa-", dir=base))
-    box = Box(path)
-    yield box
-    box.close()
-    deletePath(path)
+    """A L{Box}."""
+    with temporaryBox() as box:
+        yield box
 
 
 @pytest.fixture

@@ -2,6 +2,13 @@
 The documentation's commands run in the same kind of place as the tests of the commands.
 """
 
-from tests.app.conftest import box
+import pytest
 
-__all__ = ["box"]
+from tests.app.box import temporaryBox
+
+
+@pytest.fixture
+def box():
+    """A L{tests.app.box.Box}."""
+    with temporaryBox() as box:
+        yield box

@@ -2,7 +2,6 @@
 L{nixserve.hook.claims}: each path is sent by one.
 """
 
-import hashlib
 import os
 import random
 import threading
@@ -10,45 +9,21 @@ import time
 
 import pytest
 
-from nixserve.codec import base32
-from nixserve.codec.hashes import Hash
-from nixserve.codec.pathinfo import ValidPathInfo
-from nixserve.codec.storepath import StorePath
 from nixserve.errors import StoreError
 from nixserve.hook import claims as claimsModule
 from nixserve.hook.claims import Claims
 from nixserve.store.api import Busy
+from tests.hook.infos import infos, path
 from tests.hook.machinelist import machine, otherProcess
 
 CLAIM = """
 import sys
 from nixserve.hook.claims import Claims
 from tests.hook.machinelist import machine
-from tests.hook.test_claims import infos
+from tests.hook.infos import infos
 claims = Claims(sys.argv[1], machine("ssh://h1"))
 print(*(info.path.name for info in claims.claim(infos(sys.argv[2]))), end="")
 """
-
-NAR_HASH = Hash("sha256", bytes(32))
-
-
-def path(name):
-    """The path of an object."""
-    return StorePath(f"/nix/store/{base32.encode(hashlib.sha256(name.encode()).digest())[:32]}-{name}")
-
-
-def infos(text):
-    """
-    What is to be sent.
-
-    @param text: C{c:a,b} for one that refers to two others, with blanks between.
-    """
-    made = []
-    for word in text.split():
-        name, _, references = word.partition(":")
-        refers = frozenset(map(path, filter(None, references.split(","))))
-        made.append(ValidPathInfo(path(name), NAR_HASH, references=refers))
-    return made
 
 
 @pytest.fixture

@@ -13,45 +13,18 @@ import pytest
 
 from nixserve.codec.wire import Writer
 from nixserve.errors import RemoteProtocolError
-from nixserve.hook.aside import FIRST_PAUSE, Aside
+from nixserve.hook.aside import FIRST_PAUSE
 from nixserve.hook.choice import Refusal
-from nixserve.hook.conversation import BuildQuestion, HookLog, HookSettings
+from nixserve.hook.conversation import HookLog
 from nixserve.hook.lastseen import LastSeen
-from nixserve.hook.machines import Machines, parseMachines
-from nixserve.hook.negotiation import RECENT_SECONDS, Chooser, NixPipes, Taken
-from nixserve.hook.queue import WAITING_PER_SLOT, Queue
+from nixserve.hook.machines import Machines
+from nixserve.hook.negotiation import RECENT_SECONDS, NixPipes, Taken
+from nixserve.hook.queue import WAITING_PER_SLOT
 from nixserve.hook.slots import Slots
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
+from tests.hook.bench import QUESTION, Bench, asks
 from tests.hook.machinelist import ROOT, machine, machines
-
-QUESTION = BuildQuestion(False, "x86_64-linux", "/nix/store/00000000000000000000000000000000-x.drv")
-LOCAL = {"system": "x86_64-linux", "max-jobs": "1"}
-
-
-class Bench:
-    """
-    All that hook processes share, with a clock that stands still.
-
-    @ivar now: by the clock.
-    """
-
-    def __init__(self, directory):
-        self._directory = directory
-        self.now = 1000.0
-
-    def chooser(self, text, since=900.0, run="1", **settings):
-        """One hook process."""
-        return Chooser(
-            parseMachines(text, {}.get, "x86_64-linux"),
-            HookSettings({name.replace("_", "-"): value for name, value in settings.items()}),
-            Slots(str(self._directory)),
-            Aside(f"{self._directory}/aside", run, lambda: self.now),
-            LastSeen(f"{self._directory}/seen", lambda: self.now),
-            Queue(f"{self._directory}/queue", str(self._directory)),
-            since,
-            lambda: self.now,
-        )
 
 
 @pytest.fixture
@@ -249,12 +222,6 @@ def settings(root, **values):
     for name, value in sorted({"store": str(root), "system": "x86_64-linux", **values}.items()):
         writer.u64(1).text(name).text(value)
     return bytes(writer.u64(0))
-
-
-def asks(question=QUESTION):
-    """What Nix sends when it asks."""
-    writer = Writer().text("try").u64(question.amWilling).text(question.system).text(question.drvPath)
-    return bytes(writer.textSet(question.requiredFeatures))
 
 
 def run(directory, data, *arguments, timed=False):

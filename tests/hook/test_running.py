@@ -39,10 +39,10 @@ from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import Built, FakeStore, ScriptedBuilds, addObject, buildTrees, makeInfo, makeNar
+from tests.derivations import derivation
+from tests.hook.bench import QUESTION, Bench, asks
 from tests.hook.machinelist import machine
-from tests.hook.test_negotiation import QUESTION, Bench, asks
-from tests.remote.test_builds import derivation
-from tests.remote.test_connecting import HELLO, child
+from tests.remote.children import HELLO, child
 from tests.ssh.loopback import sleep, until
 
 #: What builds say: not all of it is text.

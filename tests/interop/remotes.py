@@ -28,6 +28,7 @@ from tests.interop.stores import isLocked, physical
 
 STORE_DIR = StoreDir()
 VERSION_RELAY = Path(__file__).with_name("versionrelay.py")
+ROOTLESS = Path(__file__).with_name("rootless.py")
 
 #: What is spoken: real Nix 2.8 announces 2.7.
 VERSIONS = {"real": 0x207, "ours": 0x208}
@@ -192,3 +193,32 @@ def locks(root):
     files = [*physical(root, "/nix/store").glob("*.lock"), *Path(f"{root}/nix/var/nix").glob("*.lock")]
     files += Path(f"{root}/nix/var/nix/temproots").glob("*")
     return [file.name for file in files if isLocked(file)]
+
+
+#: A derivation that fails, one that works, and one that needs that.
+EXPRESSION = """
+let
+  make = name: script: more: derivation ({
+    inherit name;
+    system = "x86_64-linux";
+    builder = "/bin/sh";
+    args = [ "-ec" script ];
+  } // more);
+in rec {
+  multi = make "multi" "mkdir $out; echo text > $dev; ln -s $dev $out/dev; echo said" { outputs = [ "out" "dev" ]; };
+  user = make "user" "echo ${multi.dev} > $out" { };
+  failing = make "failing" "echo on standard error >&2; exit 3" { };
+  slow = make "slow" "echo begun; sleep 100" { };
+}
+"""
+
+
+def instantiate(nix, directory, root):
+    """Have real Nix make the derivations; their paths by name."""
+    file = directory / "builds.nix"
+    file.write_text(EXPRESSION)
+    names = ("multi", "user", "failing", "slow")
+    return {
+        name: STORE_DIR.parse(nix.lines("nix-instantiate", file, "-A", name, store=root)[0].split("!")[0])
+        for name in names
+    }

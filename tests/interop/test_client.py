@@ -22,6 +22,7 @@ from tests.interop.remotes import (
     Remote,
     basic,
     here,
+    instantiate,
     outputsOf,
     readDerivation,
     speaking,
@@ -41,23 +42,6 @@ from tests.interop.stores import (
 )
 
 MISSING = STORE_DIR.parse(named("missing"))
-
-#: A derivation that fails, one that works, and one that needs that.
-EXPRESSION = """
-let
-  make = name: script: more: derivation ({
-    inherit name;
-    system = "x86_64-linux";
-    builder = "/bin/sh";
-    args = [ "-ec" script ];
-  } // more);
-in rec {
-  multi = make "multi" "mkdir $out; echo text > $dev; ln -s $dev $out/dev; echo said" { outputs = [ "out" "dev" ]; };
-  user = make "user" "echo ${multi.dev} > $out" { };
-  failing = make "failing" "echo on standard error >&2; exit 3" { };
-  slow = make "slow" "echo begun; sleep 100" { };
-}
-"""
 
 
 @pytest.fixture(params=WAYS, ids=wayName)
@@ -391,17 +375,6 @@ async def test_oneAfterTheOther(child):
 
 
 # --- builds ---------------------------------------------------------------------------------------------------
-
-
-def instantiate(nix, directory, root):
-    """Have real Nix make the derivations; their paths by name."""
-    file = directory / "builds.nix"
-    file.write_text(EXPRESSION)
-    names = ("multi", "user", "failing", "slow")
-    return {
-        name: STORE_DIR.parse(nix.lines("nix-instantiate", file, "-A", name, store=root)[0].split("!")[0])
-        for name in names
-    }
 
 
 @pytest.fixture(params=WAYS, ids=wayName)

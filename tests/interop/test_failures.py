@@ -26,9 +26,18 @@ from nixserve.testing import makeNar
 from tests.interop.building import requireSandbox
 from tests.interop.conversations import SERVER_MAGIC
 from tests.interop.faults import AtMiddle, Proxy, assertClean, kill, smallDisk
-from tests.interop.remotes import Remote, basic, builderPids, here, locks, outputsOf, readDerivation, wayName
+from tests.interop.remotes import (
+    Remote,
+    basic,
+    builderPids,
+    here,
+    instantiate,
+    locks,
+    outputsOf,
+    readDerivation,
+    wayName,
+)
 from tests.interop.stores import add, assertSame, infos, opened, temporaryRoots
-from tests.interop.test_client import instantiate
 from tests.interop.watching import MIB
 
 #: Seconds within which everything that has failed has ended.

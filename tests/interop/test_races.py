@@ -21,10 +21,8 @@ from nixserve.store.api import InvalidPath
 from nixserve.testing import makeNar
 from tests.interop.building import requireSandbox, withoutEscapes
 from tests.interop.collecting import Between, Collector
-from tests.interop.remotes import Remote, basic, here, outputsOf, readDerivation, wayName
+from tests.interop.remotes import ROOTLESS, Remote, basic, here, instantiate, outputsOf, readDerivation, wayName
 from tests.interop.stores import add, addChain, assertSame, assertVerified, infos, opened, physical, temporaryRoots
-from tests.interop.test_client import instantiate
-from tests.interop.test_roots import ROOTLESS
 
 #: Enough for a normal run, and what L{test_soak} does.
 ROUNDS, SOAK = 50, 1000

@@ -11,17 +11,15 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from nixserve.testing import makeInfo, makeNar
 from tests.interop.conversations import Session, dumpStorePath, queryClosure
 from tests.interop.nix import ourProgram
+from tests.interop.remotes import ROOTLESS
 from tests.interop.stores import add, addChain, assertVerified, infos, isLocked, opened, physical, temporaryRoots
 from tests.interop.watching import until
-
-ROOTLESS = Path(__file__).with_name("rootless.py")
 
 COPIES = 200
 #: Of these, real C{nix copy} makes so many.

@@ -5,16 +5,14 @@ from twisted.internet.error import ConnectionDone, ProcessTerminated
 from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 
-from nixserve import testing
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.messages import BuildDerivation, BuildOptions, BuildPaths, BuildPathsResult, Command
 from nixserve.codec.serve import writeReply, writeRequest
 from nixserve.errors import LocalProtocolError, NixServeError, RemoteError
 from nixserve.protocol.client import MAX_REMOTE_ERROR, MAX_SAID_LINES, ServeClient
-from nixserve.protocol.policy import EVERYTHING, READ_ONLY
-from nixserve.protocol.workers import Door
+from nixserve.protocol.policy import READ_ONLY
 from nixserve.testing import ImmediateWorkers, ManualWorkers, RecordingTransport, result
-from tests.protocol.vectorstore import storeWith
+from tests.protocol.clients import ANSWER, CLIENTS, Joined, clientOf
 from tests.vectors.serve.messages import (
     APP,
     CLIENT_MAGIC,
@@ -31,7 +29,6 @@ from tests.vectors.serve.messages import (
     wire,
 )
 
-ANSWER = SERVER_MAGIC + wire(0x208)
 CHUNK = bytes(256 * 1024)
 
 
@@ -45,37 +42,6 @@ def logged():
         CLIENTS.pop().ready.addErrback(lambda failure: None)
     globalLogPublisher.removeObserver(events.append)
     assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
-
-
-CLIENTS = []
-
-
-def clientOf(*arguments):
-    """A client, whose C{ready} need not be of interest."""
-    CLIENTS.append(ServeClient(STORE_DIR, *arguments))
-    return CLIENTS[-1]
-
-
-class Joined(testing.Joined):
-    """A client and a server with everything around them."""
-
-    def __init__(self, *infos, policy=EVERYTHING, cut=1 << 20, workers=None):
-        workers = workers or ImmediateWorkers()
-        super().__init__(storeWith(*infos), policy=policy, piece=cut, workers=workers, name="")
-        CLIENTS.append(self.client)
-        # What the client sends comes from a store of its own.
-        self.clientWorkers = ManualWorkers()
-        self.door = Door(self.clientWorkers)
-
-    def work(self):
-        """Workers of both sides run."""
-        self.clientWorkers.drain()
-        super().work()
-
-    def add(self, info, *chunks):
-        """Send a path."""
-        chunks = chunks or [nar(CONTENTS[info.path])]
-        return self.client.addToStoreNar(info, self.door, lambda: iter(chunks))
 
 
 @pytest.fixture(params=[(1 << 20, ImmediateWorkers), (1, ImmediateWorkers), (1000, ManualWorkers)])

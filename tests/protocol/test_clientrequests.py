@@ -13,7 +13,7 @@ from nixserve.errors import LocalProtocolError, RemoteError
 from nixserve.protocol.client import CLOSE_SECONDS, RemoteFailure, ServeClient
 from nixserve.protocol.workers import Door
 from nixserve.testing import ImmediateWorkers, ManualWorkers, RecordingTransport, result
-from tests.protocol.test_client import Joined
+from tests.protocol.clients import ANSWER, Joined, alone
 from tests.vectors.serve.messages import (
     APP,
     CLIENT_MAGIC,
@@ -21,14 +21,12 @@ from tests.vectors.serve.messages import (
     DERIVATION,
     LIB,
     ONES_DRV,
-    SERVER_MAGIC,
     STORE_DIR,
     ZEROS,
     nar,
     wire,
 )
 
-ANSWER = SERVER_MAGIC + wire(0x208)
 NARS = [nar(CONTENTS[LIB.path]), nar(CONTENTS[APP.path])]
 
 
@@ -40,16 +38,6 @@ def logged():
     yield events
     globalLogPublisher.removeObserver(events.append)
     assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
-
-
-def alone(**arguments):
-    """A client that has been greeted, with a transport that records what follows."""
-    client, transport = ServeClient(STORE_DIR, **arguments), RecordingTransport()
-    client.makeConnection(transport)
-    client.dataReceived(ANSWER)
-    assert result(client.ready) == client.version == 0x208
-    del transport.written[:]
-    return client, transport
 
 
 # --- several paths --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from nixserve.errors import NixServeError, RemoteError, StoreError
 from nixserve.protocol.buildoutputs import checkBuiltOutputs
 from nixserve.store.memory import MemoryStore
 from nixserve.testing import Built, Joined, addObject, makeInfo, makeNar
-from tests.protocol.test_remotebuild import STORE_DIR, Farm, addressed, put
+from tests.protocol.farm import STORE_DIR, Farm, addressed, put
 
 EVIL = makeNar(b"evil")
 GOOD = b"good"

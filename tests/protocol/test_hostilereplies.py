@@ -26,7 +26,7 @@ from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import copyClosure
 from nixserve.store.memory import MemoryStore
 from nixserve.testing import Joined, RecordingTransport, addObject, makeInfo, makeNar, result
-from tests.protocol.test_clientrequests import alone
+from tests.protocol.clients import alone
 from tests.vectors.serve.messages import DERIVATION, LIB, ONES_DRV, SERVER_MAGIC, STORE_DIR, ZEROS, nar, path, wire
 
 PIECE = 256 * 1024

@@ -20,7 +20,7 @@ from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.turns import Turns
 from nixserve.store.memory import MemoryStore
 from nixserve.testing import FakeStore, ManualWorkers, RecordingTransport
-from tests.protocol.test_server import ADD_LARGE, ANSWER, HELLO, Session
+from tests.protocol.serversessions import ADD_LARGE, ANSWER, HELLO, Session
 from tests.protocol.vectorstore import storeWith
 from tests.vectors.serve.messages import LIB, narInfo, path, wire
 

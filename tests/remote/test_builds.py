@@ -9,8 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
-from nixserve.codec.derivation import BasicDerivation, DerivationOutput, drvPathOf, unparse
-from nixserve.codec.hashes import hashBytes
+from nixserve.codec.derivation import BasicDerivation, DerivationOutput, unparse
 from nixserve.codec.storepath import StoreDir
 from nixserve.errors import RemoteError
 from nixserve.protocol.policy import Policy, Right
@@ -18,19 +17,9 @@ from nixserve.protocol.workers import Workers
 from nixserve.remote.builds import MAX_LINE, RemoteBuilds, _Lines
 from nixserve.remote.store import RemoteStore
 from nixserve.testing import Built, FakeStore, Joined, buildTrees, makeInfo
+from tests.derivations import derivation
 
 STORE_DIR = StoreDir()
-
-
-def derivation(name, inputSrcs=()):
-    """A derivation whose output path follows from it, and its path."""
-    draft = BasicDerivation(
-        name, {"out": DerivationOutput(None)}, frozenset(inputSrcs), "x", "/bin/sh", (), {"out": ""}
-    )
-    out = STORE_DIR.makeOutputPath("out", hashBytes("sha256", unparse(draft, maskOutputs=True)), name)
-    env = {"out": str(out)}
-    drv = BasicDerivation(name, {"out": DerivationOutput(out)}, inputSrcs, "x", "/bin/sh", (), env)
-    return drvPathOf(drv, STORE_DIR), drv
 
 
 class Chain:

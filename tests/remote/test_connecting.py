@@ -2,11 +2,7 @@
 
 import os
 import re
-import shlex
-import struct
-import sys
 from base64 import b64encode
-from urllib.parse import quote
 
 import pytest
 import pytest_twisted
@@ -23,19 +19,8 @@ from nixserve.remote import connecting
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
 from nixserve.remote.failures import MAX_SHOWN, CannotConnect, oneLine
+from tests.remote.children import ANSWER, ENVIRON, HELLO, child
 from tests.ssh.loopback import Server, sleep, until, within
-
-HELLO = struct.pack("<QQ", 0x5452EECB, 0x207)
-ENVIRON = {"PATH": os.environ.get("PATH", os.defpath)}
-
-ANSWER = f"os.write(1, {HELLO!r})\nwhile os.read(0, 65536): pass"
-
-
-def child(script, *parameters):
-    """The URL of a child that runs a script."""
-    code = f'import os, sys, time; exec(bytes.fromhex("{script.encode().hex()}"))'
-    program = shlex.join([sys.executable, "-S", "-c", code])
-    return "ssh://localhost?" + "&".join([f"remote-program={quote(program)}", *parameters])
 
 
 async def failing(url, environ=ENVIRON, **options):

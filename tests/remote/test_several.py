@@ -11,7 +11,7 @@ from twisted.internet import reactor
 
 from nixserve.remote.failures import CannotConnect
 from nixserve.remote.several import severalSessions
-from tests.remote.test_connecting import ENVIRON, HELLO
+from tests.remote.children import ENVIRON, HELLO
 
 CHILD = """
 import os, sys

@@ -4,8 +4,10 @@ What the tests of the SSH endpoint share: sessions that echo, swallow or produce
 
 import os
 import shutil
+import struct
 
 from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer
 from twisted.internet.protocol import Factory, ProcessProtocol, Protocol
@@ -306,3 +308,45 @@ def runSSH(server, command, *options, child=None, terminal=False):
 
 def clientFactory(protocol):
     return Factory.forProtocol(lambda: protocol)
+
+
+async def connect(server, first=b"", command="nix-store --serve --write", **options):
+    """A connected client protocol that has sent its first line."""
+    recorder = Recorder()
+    await server.endpoint(command, **options).connect(clientFactory(recorder))
+    recorder.transport.write(first)
+    return recorder
+
+
+class Raw(Protocol):
+    """Says what a test says, and records."""
+
+    def __init__(self, greeting=b""):
+        self.greeting = greeting
+        self.data = b""
+        self.lost = False
+
+    def connectionMade(self):
+        self.transport.write(self.greeting)
+
+    def dataReceived(self, data):
+        self.data += data
+
+    def connectionLost(self, reason):
+        self.lost = True
+
+
+def raw(server, greeting=b""):
+    """A connection on which a test says what it likes."""
+    return connectProtocol(TCP4ClientEndpoint(server.reactor, "127.0.0.1", server.number), Raw(greeting))
+
+
+def plainPacket(kind, payload):
+    """A packet before the first key exchange."""
+    padding = 16 - (6 + len(payload)) % 8
+    return struct.pack(">LBB", 2 + len(payload) + padding, padding, kind) + payload + bytes(padding)
+
+
+def serviceOf(recorder):
+    """The client's SSH connection that a protocol is on."""
+    return recorder.transport.conn

@@ -29,11 +29,9 @@ from nixserve.ssh.keys import (
     loadHostKey,
     readPrivateKey,
 )
+from tests.ssh.userkeys import BLOB, LINE, PRIVATE, write
 
-PRIVATE = Key(ed25519.Ed25519PrivateKey.generate())
 OTHER = Key(ed25519.Ed25519PrivateKey.generate())
-BLOB = PRIVATE.public().blob()
-LINE = PRIVATE.public().toString("OPENSSH").decode()
 # A key and what ssh-keygen -l prints for it.
 FIXED = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsABgH5C9okWi0dh2l9GKJl"
 FIXED_FINGERPRINT = "SHA256:vquJBo6EvVfnHbyPmuwuOg4XGi4Cmti6ZX2fnFN0Ti0"
@@ -249,12 +247,6 @@ def test_anyLineIsReadOrRefused(line):
 
 
 # The file and the checker
-
-
-def write(path, text, mode=0o600):
-    with open(path, "w") as stream:
-        stream.write(text)
-    os.chmod(path, mode)
 
 
 def test_fileIsReadAgain(tmp_path):

@@ -12,7 +12,7 @@ from twisted.logger import capturedLogs
 
 from nixserve.ssh.keys import AuthorizedKeysChecker, AuthorizedKeysFile
 from nixserve.ssh.keywatch import LOOK_SECONDS, KeyWatch
-from tests.ssh.test_keys import BLOB, LINE, write
+from tests.ssh.userkeys import BLOB, LINE, write
 
 
 class Connection:

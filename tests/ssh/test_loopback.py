@@ -13,9 +13,7 @@ from twisted.conch.ssh.common import NS
 from twisted.conch.ssh.keys import Key
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
-from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.error import ConnectionDone, ConnectionLost, ConnectionRefusedError, ProcessTerminated
-from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
 from twisted.logger import capturedLogs
 
@@ -28,7 +26,20 @@ from nixserve.ssh.authorizedkeys import fingerprint
 from nixserve.ssh.client import HostKeyError, LoginError, SSHError, readKnownHosts
 from nixserve.ssh.server import FOREIGN_TRIES, LOGIN_TRIES, MAX_CHANNELS
 from nixserve.ssh.transport import MAX_BACKLOG, MAX_PACKET
-from tests.ssh.loopback import MIB, Recorder, Server, Source, clientFactory, sleep, until, within
+from tests.ssh.loopback import (
+    MIB,
+    Recorder,
+    Server,
+    Source,
+    clientFactory,
+    connect,
+    plainPacket,
+    raw,
+    serviceOf,
+    sleep,
+    until,
+    within,
+)
 
 
 @pytest.fixture
@@ -45,14 +56,6 @@ def makeServer(tmp_path):
     yield make
     for server in servers:
         pytest_twisted.blockon(Deferred.fromCoroutine(server.stop()))
-
-
-async def connect(server, first=b"", command="nix-store --serve --write", **options):
-    """A connected client protocol that has sent its first line."""
-    recorder = Recorder()
-    await server.endpoint(command, **options).connect(clientFactory(recorder))
-    recorder.transport.write(first)
-    return recorder
 
 
 @pytest_twisted.ensureDeferred
@@ -389,28 +392,6 @@ def unusedPort():
         return free.getsockname()[1]
 
 
-class Raw(Protocol):
-    """Says what a test says, and records."""
-
-    def __init__(self, greeting=b""):
-        self.greeting = greeting
-        self.data = b""
-        self.lost = False
-
-    def connectionMade(self):
-        self.transport.write(self.greeting)
-
-    def dataReceived(self, data):
-        self.data += data
-
-    def connectionLost(self, reason):
-        self.lost = True
-
-
-def raw(server, greeting=b""):
-    return connectProtocol(TCP4ClientEndpoint(reactor, "127.0.0.1", server.number), Raw(greeting))
-
-
 @pytest_twisted.ensureDeferred
 async def test_loginTakesTooLong(makeServer):
     """A connection that has not logged in after 30 s is closed; one that has, is not."""
@@ -483,12 +464,6 @@ async def test_tooMuchBeforeTheLogin(makeServer):
     await until(reactor, lambda: stranger.lost)
     assert b"bytes and no login" in stranger.data
     assert not server.factory.connections
-
-
-def plainPacket(kind, payload):
-    """A packet before the first key exchange."""
-    padding = 16 - (6 + len(payload)) % 8
-    return struct.pack(">LBB", 2 + len(payload) + padding, padding, kind) + payload + bytes(padding)
 
 
 @pytest.mark.parametrize(
@@ -591,10 +566,6 @@ async def test_otherChangesOfTheFile(makeServer, monkeypatch):
 def connectionOf(server):
     (connection,) = server.factory.connections
     return connection
-
-
-def serviceOf(recorder):
-    return recorder.transport.conn
 
 
 @pytest_twisted.ensureDeferred

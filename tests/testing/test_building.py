@@ -6,21 +6,16 @@ import pytest
 from twisted.internet.defer import Deferred
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus
-from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, drvPathOf, outputPaths, unparse
-from nixserve.codec.hashes import hashBytes
-from nixserve.codec.storepath import StoreDir
+from nixserve.codec.derivation import Derivation, DerivationOutput, drvPathOf, outputPaths, unparse
 from nixserve.errors import RemoteError
 from nixserve.testing import Built, FakeStore, Joined, buildTrees, makeNar
-
-STORE_DIR = StoreDir()
+from tests.derivations import STORE_DIR, derivation
 
 
 def basic(name):
     """A derivation with known output, and its path."""
-    draft = BasicDerivation(name, {"out": DerivationOutput(None)}, frozenset(), "x", "/bin/sh", (), {"out": ""})
-    out = STORE_DIR.makeOutputPath("out", hashBytes("sha256", unparse(draft, maskOutputs=True)), name)
-    drv = BasicDerivation(name, {"out": DerivationOutput(out)}, frozenset(), "x", "/bin/sh", (), {"out": str(out)})
-    return drvPathOf(drv, STORE_DIR), drv, out
+    drvPath, drv = derivation(name)
+    return drvPath, drv, drv.outputs["out"].path
 
 
 class TestBuilds:
