@@ -215,7 +215,7 @@ class Database:
             wanted = self._committed
             path = f"{self._layout.dbPath}-wal"
             # Without one, on a file system that allows none, SQLite syncs each commit.
-            with contextlib.suppress(FileNotFoundError), fileSystemErrors(f"cannot sync '{path}'"):
+            with fileSystemErrors(f"cannot sync '{path}'"), contextlib.suppress(FileNotFoundError):
                 # To close this one is harmless: SQLite's locks are on other files.
                 _syncFile(path)
             self._synced = wanted

@@ -88,6 +88,15 @@ def test_smallPathsAreSynced(store, layout, disk):
     assert disk.synced == [f"{layout.dbPath}-wal"] * 2
 
 
+def test_withoutLog(store, layout, disk):
+    """Where SQLite keeps no log of its own beside the database, there is none to write out."""
+    session = store.openSession()
+    add(session)
+    os.rename(f"{layout.dbPath}-wal", f"{layout.dbPath}-away")
+    session.close()
+    assert disk.synced == []
+
+
 def test_readersSyncNothing(store, disk):
     """A session that registered nothing costs the disk nothing, whoever else writes."""
     writing, reading = store.openSession(), store.openSession()
