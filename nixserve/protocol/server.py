@@ -66,7 +66,8 @@ from nixserve.protocol.interfaces import Interruptible, IServeTransport, IWorker
 from nixserve.protocol.memory import Memory
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import Peer, Policy, Right
-from nixserve.protocol.streams import NarInflow, NarOutflow, StallTimer, Throttle, drained
+from nixserve.protocol.stalltimer import StallTimer
+from nixserve.protocol.streams import NarInflow, NarOutflow, Throttle, drained
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Store, StoreSession
 

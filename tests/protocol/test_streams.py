@@ -2,9 +2,8 @@
 
 import pytest
 from twisted.internet.defer import CancelledError
-from twisted.internet.task import Clock
 
-from nixserve.protocol.streams import MAX_CHUNK, MAX_QUEUED, READ_AHEAD, NarInflow, NarOutflow, StallTimer, Throttle
+from nixserve.protocol.streams import MAX_CHUNK, MAX_QUEUED, READ_AHEAD, NarInflow, NarOutflow, Throttle
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy
 from nixserve.testing import ImmediateWorkers, ManualWorkers, RecordingTransport, result
@@ -355,48 +354,3 @@ class _Drain:
 
     def write(self, data):
         """Forget it."""
-
-
-def test_stallTimer():
-    """It goes off when nothing has been heard for its time, counted from the last sign of life."""
-    clock, stalls = Clock(), []
-    timer = StallTimer(clock, 10, lambda: stalls.append(clock.seconds()))
-    timer.start()
-    clock.advance(9)
-    timer.touch()
-    clock.pump([1] * 8)
-    assert stalls == []
-    timer.start()
-    clock.pump([1] * 9)
-    assert stalls == []
-    clock.pump([1] * 100)
-    assert stalls == [27]
-
-
-def test_stoppedStallTimer():
-    """Stopped, it never goes off, however often and long; started again it counts from there."""
-    clock, stalls = Clock(), []
-    timer = StallTimer(clock, 10, lambda: stalls.append(clock.seconds()))
-    timer.stop()
-    timer.start()
-    clock.advance(5)
-    timer.stop()
-    timer.stop()
-    clock.pump([1] * 100)
-    assert stalls == []
-    timer.start()
-    clock.pump([1] * 9)
-    assert stalls == []
-    clock.pump([1] * 11)
-    assert len(stalls) == 1
-
-
-def test_closedStallTimer():
-    """Closed, it leaves nothing behind; it may be closed twice."""
-    clock = Clock()
-    timer = StallTimer(clock, 10, lambda: None)
-    timer.close()
-    timer.start()
-    timer.close()
-    timer.close()
-    assert clock.getDelayedCalls() == []
