@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 from twisted.internet.defer import CancelledError
 
 from nixserve.app.running import runReactor
-from nixserve.codec.terminal import onOneLine, printable
+from nixserve.codec.terminal import MAX_LINE, onOneLine, printable
 from nixserve.errors import NixServeError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
@@ -29,10 +29,6 @@ T = TypeVar("T")
 HOLD_SECONDS: Final = 0.2
 """How long a line of the remote waits before it is shown. A remote that fails says why right before it goes, and then
 the error says it."""
-
-MAX_LINE: Final = 64 * 1024
-"""Bytes after which a line is shown although its end has not come."""
-
 
 MAX_HELD: Final = 1000
 """Lines that wait: what says more than this in so short a time is no last word, and is shown at once."""

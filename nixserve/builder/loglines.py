@@ -11,10 +11,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["LogLines", "LogRelay"]
+from nixserve.codec.terminal import MAX_LINE
 
-_MAX_LINE = 64 * 1024
-"""Bytes of a line that are kept: more than anybody reads, and no more memory than that for a gigabyte without LF."""
+__all__ = ["LogLines", "LogRelay"]
 
 _MAX_WAITING = 1024 * 1024
 """Bytes that wait for a slow reader: some seconds of a talkative compiler."""
@@ -64,8 +63,8 @@ class LogLines:
     def _extend(self, data: bytes) -> None:
         """Add to the line begun, up to the limit."""
         if not self._isCut:
-            self._pending += data[: _MAX_LINE - len(self._pending)]
-            self._isCut = len(self._pending) == _MAX_LINE
+            self._pending += data[: MAX_LINE - len(self._pending)]
+            self._isCut = len(self._pending) == MAX_LINE
 
 
 def _show(lines: bytes) -> bytes:
@@ -74,9 +73,9 @@ def _show(lines: bytes) -> bytes:
 
     @param lines: one or several, without the last LF.
     """
-    if len(lines) <= _MAX_LINE and b"\r" not in lines and _JSON_PREFIX not in lines:
+    if len(lines) <= MAX_LINE and b"\r" not in lines and _JSON_PREFIX not in lines:
         return lines + b"\n"
-    return b"".join(_showLine(line[:_MAX_LINE]) for line in lines.split(b"\n"))
+    return b"".join(_showLine(line[:MAX_LINE]) for line in lines.split(b"\n"))
 
 
 def _showLine(line: bytes) -> bytes:

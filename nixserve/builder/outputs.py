@@ -30,6 +30,7 @@ from nixserve.codec.buildresult import BuildStatus
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, OutputKind
 from nixserve.codec.hashes import Hash
+from nixserve.codec.nar import MAX_CHUNK
 from nixserve.codec.pathinfo import CycleError, ValidPathInfo, topoSort
 from nixserve.codec.references import HashRewriter, ReferenceScanner
 from nixserve.codec.storepath import StorePath, outputPathName
@@ -37,7 +38,7 @@ from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.contents import HashModulo, PathTooLong
 from nixserve.store.copying import TooLarge, TreeCopier
-from nixserve.store.files import CHUNK_SIZE, deletePath, dumpPath
+from nixserve.store.files import deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.pathlocks import PathLocks, moveInto, vacate
 from nixserve.store.restoring import restorePath
@@ -451,7 +452,7 @@ def _rewritten(chunks: Iterable[bytes], rewrites: Mapping[str, str]) -> Iterator
 def _readFile(path: str) -> Iterator[bytes]:
     """The contents of a regular file."""
     with open(os.open(path, _READ_FLAGS), "rb", buffering=0) as stream:
-        while chunk := stream.read(CHUNK_SIZE):
+        while chunk := stream.read(MAX_CHUNK):
             yield chunk
 
 

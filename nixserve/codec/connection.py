@@ -41,7 +41,7 @@ from nixserve.codec.events import (
     ServerEvent,
     VersionAgreed,
 )
-from nixserve.codec.nar import NarParser
+from nixserve.codec.nar import MAX_CHUNK, NarParser
 from nixserve.codec.serve import (
     SERVE_VERSION,
     AddToStoreNar,
@@ -90,9 +90,6 @@ __all__ = [
 
 _STREAMED: Final = frozenset({Command.DUMP_STORE_PATH, Command.EXPORT_PATHS})
 """Commands whose reply is a stream."""
-
-_CHUNK = 256 * 1024
-"""The largest piece of a NAR in one event."""
 
 
 class _Receiver:
@@ -151,7 +148,7 @@ class _Receiver:
     def _narOf(self, size: int) -> Generator[Any, None, None]:
         """The events of a NAR whose length is known."""
         while size:
-            data = self._reader.take(min(size, _CHUNK))
+            data = self._reader.take(min(size, MAX_CHUNK))
             size -= len(data)
             yield NarData(data) if data else None
 
@@ -159,7 +156,7 @@ class _Receiver:
         """The events of a NAR that ends where its last parenthesis closes."""
         parser = NarParser()
         while not parser.finished:
-            data = self._reader.take(_CHUNK)
+            data = self._reader.take(MAX_CHUNK)
             if not data:
                 yield None
                 continue

@@ -29,6 +29,7 @@ from typing import NoReturn
 from nixserve.errors import FormatError
 
 __all__ = [
+    "MAX_CHUNK",
     "MAX_NESTING",
     "MAX_NODE_HEADER",
     "BadArchive",
@@ -58,6 +59,9 @@ MAX_TARGET = 4095
 # Nothing here recurses: a level costs us one name, so this limit only bounds the memory (1 MiB) that a peer may take.
 # It is the reader's choice to be this generous: what is deeper than 64 cannot be passed on to a newer Nix.
 MAX_NESTING = 4096
+# Bytes of a NAR that move at once, wherever that is: large enough that what a chunk costs by itself does not count,
+# small enough for hundreds in flight.
+MAX_CHUNK = 256 * 1024
 
 # No file and no file offset is larger on Linux (off_t), so no NAR can be either.
 _UNLIMITED = (1 << 63) - 1

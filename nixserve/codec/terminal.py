@@ -12,7 +12,11 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["onOneLine", "printable", "printableLines"]
+__all__ = ["MAX_LINE", "onOneLine", "printable", "printableLines"]
+
+MAX_LINE: Final = 64 * 1024
+"""Bytes of a line, after which its end is not waited for: more than anybody reads, and no more memory than that for a
+gigabyte without LF."""
 
 # ESC [ … letter; ESC ] … BEL or ESC \\; other short ones (ECMA-48, 5.3 and 5.4; ECMA-35, 13; xterm's OSC); any ESC.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-Z\\^-~]|\x1b")

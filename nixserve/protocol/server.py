@@ -63,11 +63,12 @@ from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteProtocolError
 from nixserve.protocol.building import BuildClient, IBuilds
 from nixserve.protocol.interfaces import Interruptible, IServeTransport, IWorkers
+from nixserve.protocol.limits import FULL_WINDOW, MAX_SMALL_NAR
 from nixserve.protocol.memory import Memory
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.stalltimer import StallTimer
-from nixserve.protocol.streams import NarInflow, NarOutflow, Throttle, drained
+from nixserve.protocol.streams import MAX_QUEUED, NarInflow, NarOutflow, Throttle, drained
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Store, StoreSession
 
@@ -76,14 +77,9 @@ __all__ = ["ServeServer"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MAX_SMALL_NAR = 64 * 1024
-"""Bytes of a NAR that is kept until it is complete, and added together with its neighbours."""
-
 MAX_POSTPONED = 256
-"""Requests that are worked off together at most, so that the first one's reply does not wait for long."""
-
-MAX_POSTPONED_SIZE = 1024 * 1024
-"""Bytes of NARs among them."""
+"""Requests that are worked off together at most, so that the first one's reply does not wait for long. Of NARs they
+have at most L{MAX_QUEUED} bytes."""
 
 MAX_UNSENT = 64 * 1024
 """Bytes of replies that wait for the peer, above which the transport is asked whether it has enough. If so, the next
@@ -99,16 +95,14 @@ SMALL_REPLY = 4 * 1024
 """Bytes of replies that may wait for the peer without being counted at once."""
 
 FIRST_WINDOW = 128 * 1024
-"""Bytes that a peer may send while its session is paused, at first: held by us, times the number of sessions."""
-
-FULL_WINDOW = 2 * 1024 * 1024
-"""The same for a session that has something to send, if there is room. 2 MiB is OpenSSH's own."""
+"""Bytes that a peer may send while its session is paused, at first: held by us, times the number of sessions. For a
+session that has something to send it becomes L{FULL_WINDOW}, if there is room."""
 
 SESSION_MEMORY = 64 * 1024
 """What a session costs that does nothing."""
 
-WORK_MEMORY = 1024 * 1024
-"""What a request costs while it is worked off: the queues of streams, and results on their way."""
+WORK_MEMORY = MAX_QUEUED
+"""What a request costs while it is worked off: the queue of a stream, or results on their way."""
 
 ANSWER_MEMORY = 16 * 1024 * 1024
 """What a closure may become that nobody has asked the store about yet, for a question of a hundred bytes: 200,000 paths
@@ -523,7 +517,7 @@ class ServeServer(Protocol):
         self._smallSize += info.narSize + self._connection.requestSize
         self._connection.postponeReply()
         self._small.append((info, b"".join(pieces)))
-        if len(self._small) >= MAX_POSTPONED or self._smallSize >= MAX_POSTPONED_SIZE:
+        if len(self._small) >= MAX_POSTPONED or self._smallSize >= MAX_QUEUED:
             await self._settle()
 
     async def cmd_importPaths(self, request: ImportPaths) -> None:

@@ -18,6 +18,7 @@ from twisted.internet.interfaces import IPushProducer
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from nixserve.codec.nar import MAX_CHUNK
 from nixserve.errors import NixServeError
 from nixserve.protocol.interfaces import IServeTransport
 from nixserve.protocol.workers import Door
@@ -26,9 +27,6 @@ __all__ = ["MAX_QUEUED", "NarInflow", "NarOutflow", "Throttle", "drained"]
 
 MAX_QUEUED = 1024 * 1024
 """Bytes in one queue: some milliseconds of work for a worker, so that neither side waits for the other's turn."""
-
-MAX_CHUNK = 256 * 1024
-"""Bytes handed to blocking code at once."""
 
 READ_AHEAD = 512 * 1024
 """Bytes that one turn of a worker reads."""

@@ -18,6 +18,7 @@ from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.errors import StoreError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.protocol.limits import MAX_SMALL_NAR
 from nixserve.protocol.schedule import Schedule
 from nixserve.protocol.streams import MAX_QUEUED, NarInflow, Throttle
 from nixserve.store.api import PathWriter, StoreSession
@@ -46,11 +47,8 @@ MAX_REQUESTED: Final = 512
 MAX_BYTES_AHEAD: Final = 16 * 1024 * 1024
 """The same in bytes: what a link of 1 Gbit/s and 130 ms holds."""
 
-SMALL: Final = 64 * 1024
-"""NARs up to this size are kept until they are complete, and registered several in one turn."""
-
 MAX_SMALL_BATCH: Final = 256
-"""How many of them in one turn of a worker."""
+"""How many small NARs are registered in one turn of a worker."""
 
 
 # --- up ---------------------------------------------------------------------------------------------------
@@ -201,7 +199,7 @@ class _Arrival:
 
     def __init__(self, info: ValidPathInfo, throttle: Throttle, moved: Moved) -> None:
         self.info = info
-        self.small = info.narSize <= SMALL
+        self.small = info.narSize <= MAX_SMALL_NAR
         self.isComplete = False
         self.complete: Deferred[None] = Deferred()
         self._throttle = throttle

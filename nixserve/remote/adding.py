@@ -13,6 +13,7 @@ from typing import Final
 
 from nixserve.codec.contentaddress import ContentAddressMethod
 from nixserve.codec.derivation import Derivation
+from nixserve.codec.nar import MAX_CHUNK
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError, StoreError
@@ -35,8 +36,6 @@ __all__ = ["RemoteImportWriter", "RemotePathWriter", "addSmallPaths"]
 
 MAX_SPOOLED_IN_MEMORY: Final = 1024 * 1024
 """Bytes of a NAR that is kept until it is complete; larger ones lie in an unlinked file in C{TMPDIR}."""
-
-_CHUNK_SIZE: Final = 256 * 1024
 
 _NONE: Final[Mapping[StorePath, bytes]] = {}
 
@@ -61,9 +60,9 @@ class Spool:
             ) from e
 
     def chunks(self) -> Iterator[bytes]:
-        """All that was written, in chunks of at most 256 KiB."""
+        """All that was written, in chunks of at most L{MAX_CHUNK}."""
         self._file.seek(0)
-        while chunk := self._file.read(_CHUNK_SIZE):
+        while chunk := self._file.read(MAX_CHUNK):
             yield chunk
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from zope.interface import implementer
 
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.serve import BuildDerivation, BuildPaths, BuildPathsResult
+from nixserve.codec.terminal import MAX_LINE
 from nixserve.errors import PolicyError
 from nixserve.protocol.building import BuildClient, IBuilds
 from nixserve.protocol.buildlog import Listener
@@ -22,9 +23,6 @@ from nixserve.remote.store import RemoteSession
 __all__ = ["RemoteBuilds"]
 
 T = TypeVar("T")
-
-MAX_LINE = 64 * 1024
-"""Bytes after which a line of a log is passed on although its end has not come."""
 
 
 @implementer(IBuilds)

@@ -235,7 +235,7 @@ class Link:
         """
         NARs, one straight behind the other. Closing the generator before its end cuts this transfer off.
 
-        @return: pieces of at most 256 KiB, and C{None} after each NAR.
+        @return: chunks, and C{None} after each NAR.
         @raise RemoteError: one is missing, or not complete.
         """
         if not paths:

@@ -280,7 +280,7 @@ class Download:
         """
         What has come.
 
-        @return: pieces of at most 256 KiB, and C{None} after the last one of each NAR. Nothing after the last NAR.
+        @return: chunks, and C{None} after the last one of each NAR. Nothing after the last NAR.
         """
         waiting: Deferred[list[bytes | None]] = Deferred()
         self._waiting = waiting

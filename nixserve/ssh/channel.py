@@ -9,7 +9,7 @@ arrives, consumed or not. So here:
     L{nixserve.ssh.connection.PacedConnection} says that it is this channel's turn. The producer is paused above
     L{HIGH_WATER} and resumed below L{LOW_WATER}, in a later turn of the reactor.
   - A byte is credited when the session's protocol has it. A paused session slows down its own sender only, not the
-    other sessions of the connection, and holds at most L{LOCAL_WINDOW}.
+    other sessions of the connection, and holds at most L{FULL_WINDOW}.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IServeTransport
+from nixserve.protocol.limits import FULL_WINDOW
 from nixserve.protocol.peerlog import PeerLog
 from nixserve.ssh.sendqueue import SendQueue
 from nixserve.ssh.transport import MAX_PACKET, ConchLog
 
-__all__ = ["ERROR_RESERVE", "FLUSH_SECONDS", "HIGH_WATER", "LOCAL_WINDOW", "LOW_WATER", "PacedChannel"]
+__all__ = ["ERROR_RESERVE", "FLUSH_SECONDS", "HIGH_WATER", "LOW_WATER", "PacedChannel"]
 
-# Conch's 128 KiB halve the speed on loopback and allow 1.8 MB/s over a link of 70 ms. 2 MiB is OpenSSH's own.
-LOCAL_WINDOW = 2 * 1024 * 1024
 # The peer's window is topped up in steps of this part of it: small enough that a fast sender never runs dry.
 _CREDIT_STEPS = 8
 
@@ -80,7 +79,7 @@ class PacedChannel(SSHChannel):
     """
 
     name = b"session"
-    firstWindow = LOCAL_WINDOW
+    firstWindow = FULL_WINDOW
     deliversAfterClose = False
     requests: ClassVar[dict[bytes, str]] = {}
     # A PacedConnection, or None before it is opened; the module that defines it imports this one.

@@ -8,6 +8,8 @@ GC roots, path locks and half-written objects of that peer, and closing it frees
 Nothing here waits for a lock that somebody else may hold for long. What would have to wait raises L{Busy}; the
 caller comes back later with the same arguments, from wherever it can wait without holding a thread.
 
+What is read comes in chunks of at most L{nixserve.codec.nar.MAX_CHUNK} bytes.
+
 Threads: any method may be called from any thread; calls on one session (and what it gave out) must not overlap.
 """
 
@@ -142,7 +144,7 @@ class StoreSession(Protocol):
 
     def narFromPath(self, path: StorePath) -> Iterator[bytes]:
         """
-        The NAR of a valid path in chunks of at most 256 KiB. Nothing is checked against the recorded hash.
+        The NAR of a valid path in chunks. Nothing is checked against the recorded hash.
 
         @raise InvalidPath: at once, not when the first chunk is asked for.
         """
@@ -157,7 +159,7 @@ class StoreSession(Protocol):
     def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
         """
         An export stream of exactly these paths, references first, byte for byte as C{nix-store --export}
-        writes it, in chunks of at most 256 KiB. Each NAR is checked against the recorded hash as it passes;
+        writes it, in chunks. Each NAR is checked against the recorded hash as it passes;
         the iterator raises L{StoreError} at its end if it differs.
 
         @raise InvalidPath: at once.

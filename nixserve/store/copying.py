@@ -22,7 +22,7 @@ from contextlib import suppress
 
 from nixserve.errors import StoreError
 from nixserve.store.contents import MAX_PATH_SIZE, checkPathSize
-from nixserve.store.files import MTIME_NS, canonicalisePathMetaData, sortedEntries
+from nixserve.store.files import MTIME_NS, SMALL_FILE, canonicalisePathMetaData, sortedEntries
 from nixserve.store.restoring import handsDownAcl
 from nixserve.store.walk import Walk, chmodNode, failure, lstatNode, unsupported
 
@@ -33,8 +33,6 @@ _CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOE
 
 # The directory beside copies of which files have several names: by device and inode of the original.
 _LINKS = "links"
-# Up to this size a file is read and written in one go; holes are looked for in larger ones.
-_SMALL_FILE = 64 * 1024
 # What one call of copy_file_range(2) is asked for, a few milliseconds' work: then there may be a reason to give up.
 _PIECE = 16 * 1024 * 1024
 # What the kernel or the file system answers if it does not copy from file to file.
@@ -206,9 +204,10 @@ class TreeCopier:
         mode = 0o555 if status.st_mode & stat.S_IXUSR else 0o444
         target = os.open(title, _CREATE_FLAGS, mode, dir_fd=copy.fd)
         try:
-            if status.st_size <= _SMALL_FILE:
-                _writeAll(target, os.read(source, _SMALL_FILE), 0)
+            if status.st_size <= SMALL_FILE:
+                _writeAll(target, os.read(source, SMALL_FILE), 0)
             else:
+                # Holes are looked for.
                 self._copyData(source, target, status.st_size)
             # Not left to the mode that it was created with: the umask took its share of that.
             os.fchmod(target, mode)

@@ -21,6 +21,7 @@ from contextlib import suppress
 
 from nixserve.codec.hashes import Hash
 from nixserve.codec.nar import (
+    MAX_CHUNK,
     MAX_NODE_HEADER,
     directoryEnd,
     directoryStart,
@@ -32,8 +33,8 @@ from nixserve.errors import StoreError
 from nixserve.store.walk import Walk, chmodNode, failure, lstatNode, unsupported
 
 __all__ = [
-    "CHUNK_SIZE",
     "MTIME_NS",
+    "SMALL_FILE",
     "canonicalisePathMetaData",
     "deletePath",
     "dumpPath",
@@ -41,10 +42,8 @@ __all__ = [
     "sortedEntries",
 ]
 
-# Bytes. Large enough that what a chunk costs by itself does not count, small enough for hundreds in flight.
-CHUNK_SIZE = 256 * 1024
-# A file up to this size is read in one go and joined with its neighbours.
-_SMALL_FILE = 64 * 1024
+# A file up to this size is read in one go, and joined with its neighbours where there are any.
+SMALL_FILE = 64 * 1024
 
 # Entries of a directory that are simply kept while it is dumped: as much memory as half a chunk.
 _FEW = 1000
@@ -100,7 +99,7 @@ class _Chunks:
         return chunk
 
 
-def dumpPath(path: str, chunkSize: int = CHUNK_SIZE) -> Iterator[bytes]:
+def dumpPath(path: str, chunkSize: int = MAX_CHUNK) -> Iterator[bytes]:
     """
     The NAR of a file, directory or symbolic link.
 
@@ -211,7 +210,7 @@ def _dumpRegular(walk: Walk, name: bytes, title: bytes, chunks: _Chunks) -> Iter
         size = status.st_size
         start = regularStart(title, bool(status.st_mode & stat.S_IXUSR), size)
         # One byte more than there should be, to see whether there is.
-        if size <= _SMALL_FILE and size + MAX_NODE_HEADER < chunks.room:
+        if size <= SMALL_FILE and size + MAX_NODE_HEADER < chunks.room:
             data = os.read(fd, size + 1)
             left = size - len(data)
             if chunk := chunks.add(start + data):

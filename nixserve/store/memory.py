@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
 
 from nixserve.codec.derivation import Derivation
+from nixserve.codec.nar import MAX_CHUNK
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
 from nixserve.codec.storepath import StoreDir, StorePath
@@ -32,9 +32,6 @@ from nixserve.store.contents import (
 from nixserve.store.drvhashes import DerivationMemo
 
 __all__ = ["MemorySession", "MemoryStore"]
-
-#: Bytes in a chunk of a NAR, as the contract limits them.
-_CHUNK_SIZE: Final = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +268,9 @@ class MemorySession(StoreSession):
         return objects
 
     def _chunks(self, nar: bytes) -> Iterator[bytes]:
-        for start in range(0, len(nar), _CHUNK_SIZE):
+        for start in range(0, len(nar), MAX_CHUNK):
             self.requireOpen()
-            yield nar[start : start + _CHUNK_SIZE]
+            yield nar[start : start + MAX_CHUNK]
 
     def _nars(self, paths: Sequence[StorePath], objects: Mapping[StorePath, _Object]) -> Iterator[bytes]:
         for path in paths:

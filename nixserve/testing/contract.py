@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from nixserve.codec.nar import MAX_CHUNK
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.codec.wire import encodeString, encodeU64
@@ -104,7 +105,7 @@ class StoreContract(ObjectContract, SmallPathsContract):
     def test_narChunks(self) -> None:
         """A NAR is never handed out whole."""
         path = self.add("x", self.TREE)
-        self.assertLessEqual(max(map(len, self.session.narFromPath(path))), 256 * 1024)
+        self.assertLessEqual(max(map(len, self.session.narFromPath(path))), MAX_CHUNK)
 
     def test_narOfInvalidPath(self) -> None:
         """A path that is not valid is refused before the first chunk is asked for."""
@@ -115,7 +116,7 @@ class StoreContract(ObjectContract, SmallPathsContract):
         """NARs come one behind the other, in the order asked for, as often as asked for."""
         a, b = self.add("a"), self.add("b", self.TREE)
         self.assertEqual(b"".join(self.session.narsFromPaths([a, b, a, a])), self.HELLO + self.TREE + self.HELLO * 2)
-        self.assertLessEqual(max(map(len, self.session.narsFromPaths([b, b]))), 256 * 1024)
+        self.assertLessEqual(max(map(len, self.session.narsFromPaths([b, b]))), MAX_CHUNK)
         self.assertEqual(b"".join(self.session.narsFromPaths([])), b"")
 
     def test_narsOfInvalidPaths(self) -> None:

@@ -9,8 +9,9 @@ import pytest
 from twisted.internet.task import Clock
 
 from nixserve.app import progress
-from nixserve.app.bothsides import MAX_HELD, MAX_LINE, RemoteLines
+from nixserve.app.bothsides import MAX_HELD, RemoteLines
 from nixserve.app.progress import CopyReport, Screen
+from nixserve.codec.terminal import MAX_LINE
 from nixserve.testing import makeInfo, makeNar
 
 

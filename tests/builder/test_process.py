@@ -12,9 +12,10 @@ import tracemalloc
 import pytest
 
 from nixserve.builder import spawn
-from nixserve.builder.loglines import _MAX_LINE, _MAX_WAITING, LogLines, LogRelay
+from nixserve.builder.loglines import _MAX_WAITING, LogLines, LogRelay
 from nixserve.builder.process import CancelToken, Ending, Limits, runBuilder
 from nixserve.builder.users import BuildUser
+from nixserve.codec.terminal import MAX_LINE
 from nixserve.errors import BuildError
 from tests.builder.workplace import needsSandbox, processesOf, workplace
 
@@ -324,7 +325,7 @@ class TestOutput:
         finally:
             tracemalloc.stop()
         assert size == 50000006
-        assert place.log == _MAX_LINE * b"\0" + b"\nnext\n"
+        assert place.log == MAX_LINE * b"\0" + b"\nnext\n"
         assert peak < 3_000_000
 
     def test_stalledReader(self, place):
@@ -411,8 +412,8 @@ CASES = [
     (b"@nix {broken\n", b"@nix {broken\n"),
     (b"@nix []\n", b"@nix []\n"),
     (b"@nix " + 3000 * b"[" + b"\n", b"@nix " + 3000 * b"[" + b"\n"),
-    (b"x" * (_MAX_LINE + 5) + b"\ny\n", b"x" * _MAX_LINE + b"\ny\n"),
-    (b"x" * _MAX_LINE + b"\ny", b"x" * _MAX_LINE + b"\ny\n"),
+    (b"x" * (MAX_LINE + 5) + b"\ny\n", b"x" * MAX_LINE + b"\ny\n"),
+    (b"x" * MAX_LINE + b"\ny", b"x" * MAX_LINE + b"\ny\n"),
     (b"\xff\xfe\n", b"\xff\xfe\n"),
 ]
 

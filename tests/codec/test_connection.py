@@ -322,14 +322,14 @@ def test_lengthDelimitsNarOfAddToStoreNar():
 
 def test_narsComeInBoundedPieces():
     """However much arrives at once, no event holds more than 256 KiB of a NAR."""
-    size = 3 * connection._CHUNK + 5
+    size = 3 * connection.MAX_CHUNK + 5
     request = wire(9, ZEROS, "", "0" * 64, [], 0, size, 0, [], "")
     server = Server().feed(HELLO + request + bytes(size))
     pieces = [len(event.data) for event in server.events if isinstance(event, NarData)]
-    assert pieces == [connection._CHUNK] * 3 + [5]
+    assert pieces == [connection.MAX_CHUNK] * 3 + [5]
     big = nar(bytes(size))
     server = Server().feed(HELLO + wire(4, 1) + big)
-    assert max(len(event.data) for event in server.events if isinstance(event, NarData)) == connection._CHUNK
+    assert max(len(event.data) for event in server.events if isinstance(event, NarData)) == connection.MAX_CHUNK
     assert joined(server.events)[-2:] == [NarData(big), EndOfNar()]
 
 

@@ -246,7 +246,7 @@ def test_downloadAsksAhead(monkeypatch, limit, nars, ahead):
     infos = add(joined.remote, makeClosure(50, size=1))
     size = sum(info.narSize for info in infos[:nars])
     monkeypatch.setattr(transfers, limit, nars if limit == "MAX_REQUESTED" else size)
-    monkeypatch.setattr(transfers, "SMALL", 0)
+    monkeypatch.setattr(transfers, "MAX_SMALL_NAR", 0)
     copied = joined.begin(downloadClosure, infos[-1].path)
     for _ in range(3):
         joined.turn()

@@ -6,11 +6,10 @@ import pytest
 from twisted.internet.task import Clock
 
 from nixserve.codec.serve import Command, writeReply
-from nixserve.protocol.limits import Limits
+from nixserve.protocol.limits import FULL_WINDOW, Limits
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer
 from nixserve.protocol.server import (
     FIRST_WINDOW,
-    FULL_WINDOW,
     INFOS_AT_ONCE,
     MAX_SMALL_REQUEST,
     STALL_SECONDS,

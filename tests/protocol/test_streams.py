@@ -3,7 +3,8 @@
 import pytest
 from twisted.internet.defer import CancelledError
 
-from nixserve.protocol.streams import MAX_CHUNK, MAX_QUEUED, READ_AHEAD, NarInflow, NarOutflow, Throttle
+from nixserve.codec.nar import MAX_CHUNK
+from nixserve.protocol.streams import MAX_QUEUED, READ_AHEAD, NarInflow, NarOutflow, Throttle
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy
 from nixserve.testing import ImmediateWorkers, ManualWorkers, RecordingTransport, result

@@ -11,10 +11,11 @@ from twisted.internet.task import deferLater
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput, unparse
 from nixserve.codec.storepath import StoreDir
+from nixserve.codec.terminal import MAX_LINE
 from nixserve.errors import RemoteError
 from nixserve.protocol.policy import Policy, Right
 from nixserve.protocol.workers import Workers
-from nixserve.remote.builds import MAX_LINE, RemoteBuilds, _Lines
+from nixserve.remote.builds import RemoteBuilds, _Lines
 from nixserve.remote.store import RemoteStore
 from nixserve.testing import Built, FakeStore, Joined, buildTrees, makeInfo
 from tests.derivations import derivation

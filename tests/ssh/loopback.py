@@ -14,8 +14,8 @@ from twisted.internet.protocol import Factory, ProcessProtocol, Protocol
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IErrorReceiver, IServeSessions
+from nixserve.protocol.limits import FULL_WINDOW
 from nixserve.protocol.policy import EVERYTHING
-from nixserve.ssh.channel import LOCAL_WINDOW
 from nixserve.ssh.client import SSHCommandEndpoint
 from nixserve.ssh.keys import AuthorizedKeysChecker, AuthorizedKeysFile, loadHostKey
 from nixserve.ssh.server import ServeFactory, ServeRealm
@@ -39,7 +39,7 @@ class Session(Protocol):
 
     def connectionMade(self):
         """Take as much as real sessions that have something to receive."""
-        self.transport.allowUnread(LOCAL_WINDOW)
+        self.transport.allowUnread(FULL_WINDOW)
 
     def dataReceived(self, data):
         if self.mode is None:

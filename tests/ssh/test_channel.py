@@ -14,8 +14,9 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from nixserve.protocol.interfaces import IServeTransport
+from nixserve.protocol.limits import FULL_WINDOW
 from nixserve.protocol.peerlog import PeerLog
-from nixserve.ssh.channel import ERROR_RESERVE, FLUSH_SECONDS, HIGH_WATER, LOCAL_WINDOW, LOW_WATER, PacedChannel
+from nixserve.ssh.channel import ERROR_RESERVE, FLUSH_SECONDS, HIGH_WATER, LOW_WATER, PacedChannel
 from nixserve.ssh.connection import KEEPALIVE_SECONDS, PacedConnection
 from nixserve.ssh.sendqueue import MAX_ERROR_BYTES, SendQueue
 from nixserve.ssh.transport import MAX_PACKET
@@ -91,7 +92,7 @@ class Producer:
 class Harness:
     """A connection with channels on it."""
 
-    def __init__(self, window=LOCAL_WINDOW, channels=1, kind=PacedChannel):
+    def __init__(self, window=FULL_WINDOW, channels=1, kind=PacedChannel):
         self.clock = Clock()
         self.transport = RecordingTransport(self.clock)
         self.connection = PacedConnection()
@@ -379,14 +380,14 @@ def test_creditsWhatIsDelivered():
     for _ in range(8):
         harness.arrive(b"x" * MAX_PACKET)
     assert harness.transport.packets == [(ADJUST, b"\x00\x00\x00\x64\x00\x04\x00\x00")]
-    assert harness.channel.localWindowLeft == LOCAL_WINDOW
+    assert harness.channel.localWindowLeft == FULL_WINDOW
 
 
 def test_pausedSessionCreditsNothing():
     """A paused session gets nothing, holds at most its window, and credits it once it has taken it."""
     harness = Harness(channels=2)
     harness.protocol.pauseAfter = 1
-    for _ in range(LOCAL_WINDOW // MAX_PACKET):
+    for _ in range(FULL_WINDOW // MAX_PACKET):
         harness.arrive(b"x" * MAX_PACKET)
     assert len(harness.protocol.events) == 1
     assert harness.transport.packets == []
@@ -404,8 +405,8 @@ def test_pausedSessionCreditsNothing():
     harness.protocol.pauseAfter = None
     harness.channel.resumeProducing()
     harness.turn()
-    assert len(harness.protocol.events) == LOCAL_WINDOW // MAX_PACKET
-    assert harness.channel.localWindowLeft == LOCAL_WINDOW
+    assert len(harness.protocol.events) == FULL_WINDOW // MAX_PACKET
+    assert harness.channel.localWindowLeft == FULL_WINDOW
 
 
 def test_orderAcrossAPause():

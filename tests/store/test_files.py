@@ -18,11 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import BadArchive, Contents, Directory, EndDirectory, Regular, Symlink, encodeNar
+from nixserve.codec.nar import MAX_CHUNK, BadArchive, Contents, Directory, EndDirectory, Regular, Symlink, encodeNar
 from nixserve.errors import FormatError, StoreError
 from nixserve.store import files
 from nixserve.store.files import (
-    CHUNK_SIZE,
     canonicalisePathMetaData,
     deletePath,
     dumpPath,
@@ -117,7 +116,7 @@ class TestDump:
         os.chmod(path, 0o655)
         assert dump(path) == encode(File(b"#!/bin/sh\n"))
 
-    @pytest.mark.parametrize("chunkSize", [8192, 10_000, CHUNK_SIZE])
+    @pytest.mark.parametrize("chunkSize", [8192, 10_000, MAX_CHUNK])
     def test_chunks(self, place, chunkSize):
         """Chunks are full, and never more than that, whatever the sizes of the files."""
         sizes = [0, 1, 7, 3000, 5000, 8000, 8192, 9999, 65_536, 65_537, 262_144, 262_145, 700_000]
