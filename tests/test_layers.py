@@ -87,6 +87,8 @@ def breaches(module, source):
         found.append("is called after nothing that it holds")
     if layer in ANYTHING:
         return found
+    if re.search(r"\b(reactor|clock): Any\b", source):
+        found.append("says nothing of what a reactor must provide")
     for name, inFunction in imports(module, source):
         top = name.partition(".")[0]
         if inFunction and layer != "app":
@@ -202,6 +204,7 @@ def test_onlyThePluginLivesInTwisted():
         ("nixserve.store.x", "import nixserve.testing"),
         ("nixserve.protocol.x", "from nixserve.ssh.keys import x"),
         ("nixserve.ssh.x", "def f():\n    def g():\n        from nixserve.errors import x"),
+        ("nixserve.protocol.x", "def f(reactor: Any): ..."),
         ("nixserve.utils", ""),
         ("nixserve.store.common", ""),
         ("twisted.plugins.x", "from nixserve import testing"),

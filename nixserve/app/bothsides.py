@@ -8,15 +8,17 @@ import os
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from twisted.internet.defer import CancelledError
+from twisted.internet.interfaces import IReactorTime
 
 from nixserve.app.running import runReactor
 from nixserve.codec.terminal import MAX_LINE, onOneLine, printable
 from nixserve.errors import NixServeError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.protocol.reactors import IServiceReactor
 from nixserve.protocol.workers import Workers
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.several import severalSessions
@@ -69,7 +71,7 @@ def withBothSides(
     @raise KeyboardInterrupt: a signal came first. Nothing is left running then.
     """
 
-    async def main(reactor: Any) -> T:
+    async def main(reactor: IServiceReactor) -> T:
         workers = Workers(reactor)
         workers.start()
         lines = RemoteLines(reactor, show, f"{address.name}: ")
@@ -101,7 +103,7 @@ class RemoteLines:
     @ivar prefix: put before each line that comes.
     """
 
-    def __init__(self, reactor: Any, show: Callable[[str], None], prefix: str) -> None:
+    def __init__(self, reactor: IReactorTime, show: Callable[[str], None], prefix: str) -> None:
         """
         @param reactor: for its clock.
         @param show: called with each line, without its end.

@@ -34,6 +34,7 @@ from nixserve.protocol.childprocess import ProcessTransport
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.protocol.reactors import IServiceReactor
 from nixserve.protocol.workers import Workers
 from nixserve.ssh.client import SSHCommandEndpoint
 from nixserve.ssh.keys import loadHostKey
@@ -139,7 +140,7 @@ class Demonstration:
     """
 
     def __init__(
-        self, reactor: Any, directory: str, narrator: Narrator, useSSH: bool = True, useSandbox: bool = True
+        self, reactor: IServiceReactor, directory: str, narrator: Narrator, useSSH: bool = True, useSandbox: bool = True
     ) -> None:
         """
         @param directory: an empty one, reached without symbolic links; to be deleted afterwards.

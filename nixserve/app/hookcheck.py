@@ -29,6 +29,7 @@ from nixserve.hook.conversation import HookSettings
 from nixserve.hook.machines import Machine
 from nixserve.hook.running import CONNECT_SECONDS
 from nixserve.hook.slots import Slots
+from nixserve.protocol.reactors import IServiceReactor
 
 __all__ = ["checkMachines", "nixSettings"]
 
@@ -51,7 +52,7 @@ def checkMachines(builders: str | None, asJSON: bool, environ: Mapping[str, str]
         settings = HookSettings({**settings.values, "builders": builders})
     machines = readMachines(settings)
 
-    async def main(reactor: Any) -> list[MachineReport]:
+    async def main(reactor: IServiceReactor) -> list[MachineReport]:
         checks = [checkMachine(reactor, machine, environ, time.time, CONNECT_SECONDS) for machine in machines.usable]
         return await gatherResults(checks)
 

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nixserve.app.handover import persistSeconds
 from nixserve.app.settings import chooseStore
@@ -29,6 +29,9 @@ from nixserve.hook.slots import Slots
 from nixserve.store.durability import Durability
 from nixserve.store.layout import StoreLayout
 from nixserve.store.ownpaths import makeOwnDirectory
+
+if TYPE_CHECKING:
+    from nixserve.protocol.reactors import IServiceReactor
 
 __all__ = ["HookOptions", "answer", "readMachines"]
 
@@ -171,7 +174,7 @@ class _Hook:
         from nixserve.app.running import runReactor
         from nixserve.hook.running import HookRun
 
-        def main(reactor: Any) -> Coroutine[Any, Any, int]:
+        def main(reactor: IServiceReactor) -> Coroutine[Any, Any, int]:
             return HookRun(reactor, self._pipes, self._chooser, self._places).run(question, taken, accepted)
 
         return runReactor(main)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
@@ -14,13 +14,14 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, global
 from zope.interface import implementer
 
 from nixserve.protocol.monotonic import useMonotonicTime
+from nixserve.protocol.reactors import IServiceReactor
 
 __all__ = ["runReactor"]
 
 T = TypeVar("T")
 
 
-def runReactor(main: Callable[[Any], Coroutine[Deferred[Any], Any, T]]) -> T:
+def runReactor(main: Callable[[IServiceReactor], Coroutine[Deferred[Any], Any, T]]) -> T:
     """
     Run C{main} in the reactor, once in the life of the process. SIGINT and SIGTERM cancel it and wait until it has
     cleaned up behind itself.
@@ -29,7 +30,7 @@ def runReactor(main: Callable[[Any], Coroutine[Deferred[Any], Any, T]]) -> T:
     @return: what it returns.
     @raise KeyboardInterrupt: a signal came before it was done.
     """
-    runner: Any = reactor
+    runner = cast(IServiceReactor, reactor)
     useMonotonicTime(runner)
     lines = _Warnings()
     globalLogBeginner.beginLoggingTo([lines], redirectStandardIO=False, discardBuffer=True)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from twisted.application.service import IService, Service
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
@@ -39,6 +39,7 @@ from nixserve.protocol.builds import Builds
 from nixserve.protocol.descriptors import Descriptors
 from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Policy
+from nixserve.protocol.reactors import IServiceReactor
 from nixserve.protocol.relay import RelayFactory
 from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.workers import DEFAULT_THREADS, Workers
@@ -172,8 +173,9 @@ def makeService(options: Options) -> IService:
     """
     from twisted.internet import reactor
 
-    useMonotonicTime(reactor)
-    return CommandService(options.settings, reactor, os.environ)
+    ours = cast(IServiceReactor, reactor)
+    useMonotonicTime(ours)
+    return CommandService(options.settings, ours, os.environ)
 
 
 class ServeService(Service):
@@ -187,7 +189,7 @@ class ServeService(Service):
 
     log = Logger()
 
-    def __init__(self, settings: ServiceSettings, reactor: Any, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: ServiceSettings, reactor: IServiceReactor, environ: Mapping[str, str]) -> None:
         self.setName("nixserve")
         self.settings = settings
         self.ports: list[IListeningPort] = []
@@ -432,7 +434,7 @@ class CommandService(ServeService):
             raise CannotStart(f"nixserve: error: {e}") from None
 
 
-def _endpoint(reactor: Any, text: str) -> IStreamServerEndpoint:
+def _endpoint(reactor: IServiceReactor, text: str) -> IStreamServerEndpoint:
     try:
         endpoint: IStreamServerEndpoint = serverFromString(reactor, text)
         return endpoint

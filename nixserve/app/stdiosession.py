@@ -9,7 +9,7 @@ import gc
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
@@ -34,6 +34,7 @@ from nixserve.errors import NixServeError, UsageError
 from nixserve.protocol.builds import Builds
 from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Peer, Policy, Right
+from nixserve.protocol.reactors import IServiceReactor
 from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.stdio import StdioTransport
 from nixserve.protocol.workers import Workers
@@ -67,7 +68,7 @@ def serveStdio(command: ServeCommand, environ: Mapping[str, str]) -> int:
 
 
 def _serve(command: ServeCommand, environ: Mapping[str, str]) -> int:
-    runner: Any = reactor
+    runner = cast(IServiceReactor, reactor)
     useMonotonicTime(runner)
     raiseOpenFiles()
     workers = Workers(runner)

@@ -13,7 +13,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 from twisted.internet.defer import Deferred
 
@@ -27,6 +27,7 @@ from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import NixServeError
 from nixserve.hook.machines import Machine
 from nixserve.protocol.client import ServeClient
+from nixserve.protocol.reactors import IClientReactor
 from nixserve.protocol.workers import Door
 from nixserve.remote.address import RemoteAddress, Via
 from nixserve.remote.connecting import connect
@@ -72,7 +73,11 @@ class MachineReport:
 
 
 def checkMachine(
-    reactor: Any, machine: Machine, environ: Mapping[str, str], clock: Callable[[], float], timeoutSeconds: float
+    reactor: IClientReactor,
+    machine: Machine,
+    environ: Mapping[str, str],
+    clock: Callable[[], float],
+    timeoutSeconds: float,
 ) -> Deferred[MachineReport]:
     """
     Try a machine.
@@ -91,7 +96,7 @@ class _Check:
 
     def __init__(
         self,
-        reactor: Any,
+        reactor: IClientReactor,
         machine: Machine,
         environ: Mapping[str, str],
         clock: Callable[[], float],

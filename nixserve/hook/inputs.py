@@ -5,9 +5,10 @@ What a build needs, on its way to the machine: each path is sent by one of the b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Final
+from typing import Final
 
 from twisted.internet.defer import TimeoutError
+from twisted.internet.interfaces import IReactorTime
 
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.serve import minorOf
@@ -31,7 +32,7 @@ _ADD_TO_STORE_NAR: Final = 5
 
 
 async def sendInputs(
-    reactor: Any,
+    reactor: IReactorTime,
     here: DeferredSession,
     client: ServeClient,
     inputs: Collection[StorePath],

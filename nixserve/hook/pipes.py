@@ -7,13 +7,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from nixserve.protocol.reactors import IStreamReactor
 from nixserve.protocol.stdio import OutputStream, pendingOf
 from nixserve.protocol.workers import whenFired
 
@@ -31,7 +32,7 @@ class PipeToNix:
     @ivar ended: fires when everything was written and the descriptor is closed, or Nix is gone.
     """
 
-    def __init__(self, reactor: Any, fd: int, onLost: Callable[[], None]) -> None:
+    def __init__(self, reactor: IStreamReactor, fd: int, onLost: Callable[[], None]) -> None:
         """
         @param fd: a pipe, of which nobody else has the writing end; it is closed at the end. Anything else, as people
             may try it, is written to as it is.
@@ -86,7 +87,7 @@ class PipeToNix:
             self._onLost()
 
 
-def whenReadable(reactor: Any, fd: int) -> Deferred[None]:
+def whenReadable(reactor: IStreamReactor, fd: int) -> Deferred[None]:
     """
     @return: fires when there is something to be read from a pipe, or its end.
     """
@@ -99,7 +100,7 @@ def whenReadable(reactor: Any, fd: int) -> Deferred[None]:
 class _Reader:
     """Waits once."""
 
-    def __init__(self, reactor: Any, fd: int) -> None:
+    def __init__(self, reactor: IStreamReactor, fd: int) -> None:
         self.readable: Deferred[None] = Deferred(lambda _: reactor.removeReader(self))
         self._reactor = reactor
         self._fd = fd

@@ -42,6 +42,7 @@ from nixserve.hook.realisations import registerRealisations
 from nixserve.protocol.buildoutputs import outputsOf, promisedOutputs
 from nixserve.protocol.client import RemoteFailure, ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
+from nixserve.protocol.reactors import IClientReactor
 from nixserve.protocol.workers import Workers
 from nixserve.remote.address import Via
 from nixserve.remote.connecting import connect
@@ -84,7 +85,7 @@ class HookRun:
     One hook process, from when the reactor runs.
     """
 
-    def __init__(self, reactor: Any, pipes: NixPipes, chooser: Chooser, places: HookPlaces) -> None:
+    def __init__(self, reactor: IClientReactor, pipes: NixPipes, chooser: Chooser, places: HookPlaces) -> None:
         self._reactor = reactor
         self._pipes = pipes
         self._chooser = chooser

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+
+from nixserve.protocol.reactors import IThreadReactor
 
 __all__ = ["MAX_KEPT_LOG", "MAX_PENDING_LOG", "BuildLog", "Listener"]
 
@@ -28,7 +29,7 @@ class BuildLog:
     The log of one build on its way from the builder's thread to any number of clients.
     """
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: IThreadReactor) -> None:
         self._reactor = reactor
         self._listeners: list[Listener] = []
         self._kept: list[bytes] = []

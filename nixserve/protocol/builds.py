@@ -40,6 +40,7 @@ from nixserve.protocol.buildlog import BuildLog
 from nixserve.protocol.interfaces import ISharedWorkers
 from nixserve.protocol.logbudget import KEY, LogBudget
 from nixserve.protocol.peerlog import PeerLog
+from nixserve.protocol.reactors import IThreadReactor
 from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
@@ -73,7 +74,7 @@ class _Build:
     @ivar joinable: whoever wishes the same may still join.
     """
 
-    def __init__(self, request: BuildDerivation, client: BuildClient, reactor: Any) -> None:
+    def __init__(self, request: BuildDerivation, client: BuildClient, reactor: IThreadReactor) -> None:
         self.request = request
         self.client = client
         self.log = BuildLog(reactor)
@@ -137,7 +138,7 @@ class Builds:
         store: LocalStore,
         builder: LocalBuilder,
         workers: ISharedWorkers,
-        reactor: Any,
+        reactor: IThreadReactor,
         maxJobs: int,
         extraJobs: int = EXTRA_JOBS,
     ) -> None:

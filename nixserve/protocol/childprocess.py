@@ -20,6 +20,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IErrorReceiver, IServeTransport
+from nixserve.protocol.reactors import IProcessReactor
 from nixserve.protocol.stdio import InputStream, OutputStream, StreamPair
 
 __all__ = ["ProcessTransport"]
@@ -70,7 +71,7 @@ class ProcessTransport(StreamPair, ProcessProtocol):
 
     _input: _ChildOutput | None
 
-    def __init__(self, protocol: IProtocol, reactor: Any) -> None:
+    def __init__(self, protocol: IProtocol, reactor: IProcessReactor) -> None:
         self._protocol = protocol
         self._reactor = reactor
         self._process: IProcessTransport | None = None
@@ -80,7 +81,9 @@ class ProcessTransport(StreamPair, ProcessProtocol):
         self._deadline: IDelayedCall | None = None
 
     @classmethod
-    def spawn(cls, protocol: IProtocol, reactor: Any, argv: Sequence[str], env: Mapping[str, str]) -> ProcessTransport:
+    def spawn(
+        cls, protocol: IProtocol, reactor: IProcessReactor, argv: Sequence[str], env: Mapping[str, str]
+    ) -> ProcessTransport:
         """
         Start a child and connect C{protocol} to it.
 

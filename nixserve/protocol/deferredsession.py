@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.protocol.interfaces import IWorkers
+from nixserve.protocol.reactors import IClientReactor
 from nixserve.protocol.workers import Door, Workers
 from nixserve.store.api import Store, StoreSession
 
@@ -103,7 +104,7 @@ class DeferredSession:
         await self.close()
 
 
-def openSession(reactor: Any, store: Store) -> Deferred[DeferredSession]:
+def openSession(reactor: IClientReactor, store: Store) -> Deferred[DeferredSession]:
     """
     Open a session with worker threads of its own, for who has none to share. They end with it.
 

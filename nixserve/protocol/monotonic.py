@@ -9,14 +9,13 @@ keepalives, limits on logins, stall timers.
 from __future__ import annotations
 
 import time
-from typing import Any
 
-from twisted.internet.interfaces import IDelayedCall
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 __all__ = ["useMonotonicTime"]
 
 
-def useMonotonicTime(reactor: Any) -> None:
+def useMonotonicTime(reactor: IReactorTime) -> None:
     """
     Have a reactor count by the monotonic clock, as all processes do that are ours alone. What is due already stays due
     when it was. Safe to call twice.
@@ -30,7 +29,7 @@ def useMonotonicTime(reactor: Any) -> None:
         return
     now = before()
     pending: list[tuple[IDelayedCall, float]] = [(call, call.getTime() - now) for call in reactor.getDelayedCalls()]
-    reactor.seconds = time.monotonic
+    reactor.seconds = time.monotonic  # type: ignore[method-assign]
     for call, left in pending:
         # Each has a clock of its own, from when it was made.
         call.seconds = time.monotonic  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IServeTransport
+from nixserve.protocol.reactors import IStreamReactor
 
 __all__ = ["InputStream", "OutputStream", "StdioTransport", "StreamPair", "pendingOf", "registerProducer"]
 
@@ -49,7 +50,7 @@ class Stream(abstract.FileDescriptor):
     One direction of a session, over a file descriptor that is a pipe, socket, terminal or file.
     """
 
-    def __init__(self, reactor: Any, fd: int, lost: Callable[[Failure], None]) -> None:
+    def __init__(self, reactor: IStreamReactor, fd: int, lost: Callable[[Failure], None]) -> None:
         super().__init__(reactor)
         self._fd = fd
         self._lost = lost
@@ -74,7 +75,7 @@ class InputStream(Stream):
     """
 
     def __init__(
-        self, reactor: Any, fd: int, received: Callable[[bytes], None], lost: Callable[[Failure], None]
+        self, reactor: IStreamReactor, fd: int, received: Callable[[bytes], None], lost: Callable[[Failure], None]
     ) -> None:
         super().__init__(reactor, fd, lost)
         self._received = received
@@ -100,7 +101,7 @@ class OutputStream(Stream):
     @ivar sent: bytes written so far.
     """
 
-    def __init__(self, reactor: Any, fd: int, lost: Callable[[Failure], None]) -> None:
+    def __init__(self, reactor: IStreamReactor, fd: int, lost: Callable[[Failure], None]) -> None:
         super().__init__(reactor, fd, lost)
         self.sent = 0
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
@@ -222,7 +223,9 @@ class StdioTransport(StreamPair):
     @ivar exited: fires with the exit status when the session has ended and everything is written.
     """
 
-    def __init__(self, protocol: IProtocol, reactor: Any, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> None:
+    def __init__(
+        self, protocol: IProtocol, reactor: IStreamReactor, stdin: int = 0, stdout: int = 1, stderr: int = 2
+    ) -> None:
         self.exited: Deferred[int] = Deferred()
         self._protocol: IProtocol | None = protocol
         self._reactor = reactor

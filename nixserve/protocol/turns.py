@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IWorkers
@@ -26,7 +27,7 @@ class Turns:
     The lines before some workers.
     """
 
-    def __init__(self, reactor: Any, run: Callable[[Callable[[], Any]], Deferred[Any]], atOnce: int) -> None:
+    def __init__(self, reactor: IReactorTime, run: Callable[[Callable[[], Any]], Deferred[Any]], atOnce: int) -> None:
         """
         @param reactor: see L{IWorkers}.
         @param run: calls a function in a thread.

@@ -20,6 +20,7 @@ from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import ISharedWorkers, IWorkers
+from nixserve.protocol.reactors import IThreadReactor
 from nixserve.protocol.turns import Turns
 from nixserve.store.api import Busy
 
@@ -44,11 +45,10 @@ class Workers:
     """
     The pool, whose clients take turns.
 
-    @ivar reactor: whose thread results come back to, and whose clock waits are counted by. It must provide
-        L{twisted.internet.interfaces.IReactorTime} and L{twisted.internet.interfaces.IReactorFromThreads}.
+    @ivar reactor: whose thread results come back to, and whose clock waits are counted by.
     """
 
-    def __init__(self, reactor: Any, threads: int = DEFAULT_THREADS) -> None:
+    def __init__(self, reactor: IThreadReactor, threads: int = DEFAULT_THREADS) -> None:
         self.reactor = reactor
         self._pool = ThreadPool(0, threads, "nixserve")
         self._turns = Turns(reactor, partial(deferToThreadPool, reactor, self._pool), threads)

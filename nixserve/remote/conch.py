@@ -10,7 +10,6 @@ import base64
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from twisted.conch.ssh.keys import Key
 from twisted.internet.endpoints import connectProtocol
@@ -18,6 +17,7 @@ from twisted.internet.error import ConnectError, ConnectionRefusedError, DNSLook
 from twisted.internet.interfaces import IProtocol, IStreamClientEndpoint
 
 from nixserve.errors import UsageError
+from nixserve.protocol.reactors import IClientReactor
 from nixserve.protocol.workers import Door
 from nixserve.remote.address import SSH_PORT, RemoteAddress
 from nixserve.remote.failures import CannotConnect
@@ -36,7 +36,7 @@ _USE_OPENSSH = "leave ssh-client=conch out of the URL: ssh asks for passphrases,
 
 
 async def connectConch(
-    reactor: Any,
+    reactor: IClientReactor,
     address: RemoteAddress,
     environ: Mapping[str, str],
     protocol: IProtocol,
@@ -130,7 +130,7 @@ def _readKey(address: RemoteAddress, path: str) -> Key:
 
 
 def makeEndpoint(
-    reactor: Any, address: RemoteAddress, login: Login, command: str, timeoutSeconds: float
+    reactor: IClientReactor, address: RemoteAddress, login: Login, command: str, timeoutSeconds: float
 ) -> IStreamClientEndpoint:
     """The endpoint that logs in and runs the command."""
     endpoint: IStreamClientEndpoint = SSHCommandEndpoint(

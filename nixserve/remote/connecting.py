@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from twisted.internet.defer import Deferred, TimeoutError
 from twisted.internet.endpoints import UNIXClientEndpoint, connectProtocol
@@ -20,6 +19,7 @@ from nixserve.codec.serve import SERVER_MAGIC
 from nixserve.codec.wire import encodeU64
 from nixserve.protocol.childprocess import ProcessTransport
 from nixserve.protocol.client import RemoteFailure, ServeClient
+from nixserve.protocol.reactors import IClientReactor
 from nixserve.protocol.relayclient import RelayTransport
 from nixserve.protocol.workers import Door, whenFired
 from nixserve.remote.address import RemoteAddress, Via
@@ -39,7 +39,7 @@ MAX_EVIDENCE = 16 * 1024
 
 
 def connect(
-    reactor: Any,
+    reactor: IClientReactor,
     url: str | RemoteAddress,
     *,
     environ: Mapping[str, str] | None = None,
@@ -68,7 +68,7 @@ def connect(
 
 
 async def _connect(
-    reactor: Any,
+    reactor: IClientReactor,
     url: str | RemoteAddress,
     environ: Mapping[str, str],
     write: bool,
@@ -126,7 +126,7 @@ class _Attempt:
 
     def __init__(
         self,
-        reactor: Any,
+        reactor: IClientReactor,
         address: RemoteAddress,
         environ: Mapping[str, str],
         write: bool,

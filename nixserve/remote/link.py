@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.threads import blockingCallFromThread
@@ -19,6 +19,7 @@ from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import LocalProtocolError, RemoteError, StoreError
 from nixserve.protocol.client import ServeClient
+from nixserve.protocol.reactors import IThreadReactor
 from nixserve.remote.sessions import Download, RemoteSessions, Upload
 from nixserve.store.api import Busy, InvalidPath
 from nixserve.store.contents import readDerivation
@@ -83,7 +84,9 @@ class Link:
     @ivar sessions: the remote ones; only for the reactor's thread.
     """
 
-    def __init__(self, reactor: Any, sessions: RemoteSessions, locks: AddingLocks, storeDir: StoreDir) -> None:
+    def __init__(
+        self, reactor: IThreadReactor, sessions: RemoteSessions, locks: AddingLocks, storeDir: StoreDir
+    ) -> None:
         self.storeDir = storeDir
         self.memo = DerivationMemo()
         self.sessions = sessions

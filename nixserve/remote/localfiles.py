@@ -16,6 +16,7 @@ from twisted.internet.threads import deferToThreadPool
 from zope.interface import implementer
 
 from nixserve.protocol.interfaces import IWorkers
+from nixserve.protocol.reactors import IThreadReactor
 from nixserve.store.ownpaths import requireOwn
 
 __all__ = ["PrivateFile", "ReactorThreads", "findProgram", "temporaryName"]
@@ -25,7 +26,7 @@ __all__ = ["PrivateFile", "ReactorThreads", "findProgram", "temporaryName"]
 class ReactorThreads:
     """The reactor's own threads: enough for what a connection asks of them, and there without being started."""
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: IThreadReactor) -> None:
         self.reactor = reactor
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.error import ProcessTerminated
@@ -25,6 +24,7 @@ from zope.interface import implementer
 from nixserve.errors import UsageError
 from nixserve.protocol.childprocess import ProcessTransport
 from nixserve.protocol.interfaces import IErrorReceiver
+from nixserve.protocol.reactors import IClientReactor
 from nixserve.protocol.workers import Door, whenFired
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.failures import SSH_FAILED, CannotConnect, Evidence, explain, noProgram
@@ -64,7 +64,7 @@ class SSHMaster:
 
     def __init__(
         self,
-        reactor: Any,
+        reactor: IClientReactor,
         address: RemoteAddress,
         environ: Mapping[str, str],
         directory: str = "",

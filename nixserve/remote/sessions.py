@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred, fail, gatherResults, maybeDeferred, succeed
+from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -50,7 +51,7 @@ class RemoteSessions:
     @ivar listener: takes the keeper's standard error, cut anywhere.
     """
 
-    def __init__(self, reactor: Any, open: Open) -> None:
+    def __init__(self, reactor: IReactorTime, open: Open) -> None:
         self.listener: Callable[[bytes], None] = _ignore
         self._reactor = reactor
         self._open = open
@@ -165,7 +166,7 @@ class RemoteSessions:
 class _AtOnce:
     """Workers for what does not block: it only reads what is in memory."""
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: IReactorTime) -> None:
         self.reactor = reactor
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:
@@ -182,7 +183,7 @@ class Upload:
     @ivar client: over which it goes.
     """
 
-    def __init__(self, reactor: Any, client: ServeClient, info: ValidPathInfo) -> None:
+    def __init__(self, reactor: IReactorTime, client: ServeClient, info: ValidPathInfo) -> None:
         self.reactor = reactor
         self.client = client
         self._pieces: deque[bytes] = deque()

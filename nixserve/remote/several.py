@@ -11,6 +11,7 @@ from typing import Any
 from twisted.internet.defer import DeferredList
 
 from nixserve.protocol.client import ServeClient
+from nixserve.protocol.reactors import IClientReactor
 from nixserve.remote.address import RemoteAddress, Via
 from nixserve.remote.connecting import connect
 from nixserve.remote.master import SSHMaster
@@ -20,7 +21,7 @@ __all__ = ["severalSessions"]
 
 @asynccontextmanager
 async def severalSessions(
-    reactor: Any, url: str | RemoteAddress, count: int, *, environ: Mapping[str, str], **options: Any
+    reactor: IClientReactor, url: str | RemoteAddress, count: int, *, environ: Mapping[str, str], **options: Any
 ) -> AsyncIterator[list[ServeClient]]:
     """
     Several sessions on one store, for the length of an C{async with}. Those through the system's C{ssh} share one

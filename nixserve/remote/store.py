@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from twisted.internet.defer import Deferred
 
@@ -32,6 +32,7 @@ from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError
 from nixserve.protocol.client import ServeClient
+from nixserve.protocol.reactors import IClientReactor, IThreadReactor
 from nixserve.remote.adding import RemoteImportWriter, RemotePathWriter, addSmallPaths
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
@@ -53,7 +54,7 @@ class RemoteStore:
     needed.
     """
 
-    def __init__(self, reactor: Any, open: Open, storeDir: StoreDir | None = None) -> None:
+    def __init__(self, reactor: IThreadReactor, open: Open, storeDir: StoreDir | None = None) -> None:
         """
         @param reactor: in whose thread the remote sessions live.
         @param open: called in that thread for each remote session.
@@ -69,7 +70,7 @@ class RemoteStore:
         self._mutex = threading.Lock()
 
     @classmethod
-    def at(cls, reactor: Any, address: RemoteAddress, environ: Mapping[str, str]) -> RemoteStore:
+    def at(cls, reactor: IClientReactor, address: RemoteAddress, environ: Mapping[str, str]) -> RemoteStore:
         """
         The store that a URL names.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from twisted.conch.client.knownhosts import KnownHostsFile
 from twisted.conch.ssh import transport, userauth
@@ -36,6 +36,7 @@ from zope.interface import implementer
 from nixserve.codec.text import shownText
 from nixserve.errors import RemoteError
 from nixserve.protocol.interfaces import IErrorReceiver
+from nixserve.protocol.reactors import IClientReactor
 from nixserve.ssh.authorizedkeys import fingerprint
 from nixserve.ssh.channel import PacedChannel
 from nixserve.ssh.connection import PacedConnection
@@ -117,7 +118,7 @@ class SSHCommandEndpoint:
 
     def __init__(
         self,
-        reactor: Any,
+        reactor: IClientReactor,
         host: str,
         port: int,
         username: str,
@@ -128,7 +129,6 @@ class SSHCommandEndpoint:
         timeoutSeconds: float = CONNECT_SECONDS,
     ) -> None:
         """
-        @param reactor: an L{IReactorTime}, and what L{HostnameEndpoint} needs of a reactor.
         @param command: the command line, as a shell there would read it.
         @param keys: private keys, tried in this order.
         @param hostKeys: the host's public keys, any of which will do.
@@ -154,7 +154,7 @@ class SSHCommandEndpoint:
         factory = _ClientFactory(
             lambda: _ClientTransport(
                 attempt,
-                cast(IReactorTime, self._reactor),
+                self._reactor,
                 self._host,
                 self._hostKeys,
                 _ClientUserAuth(

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTerminated
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
@@ -150,7 +151,7 @@ class Joined:
         builds: IBuilds | None = None,
         piece: int = 1 << 20,
         workers: IWorkers | None = None,
-        reactor: Any = None,
+        reactor: IReactorTime | None = None,
         onError: Callable[[bytes], None] = lambda data: None,
         name: str = "memory",
     ) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -27,11 +28,11 @@ class ImmediateWorkers:
     @ivar calls: how many that were.
     """
 
-    def __init__(self, reactor: Any = None) -> None:
+    def __init__(self, reactor: IReactorTime | None = None) -> None:
         """
         @param reactor: by whose clock waits for locks are counted; a L{Clock} if not given.
         """
-        self.reactor = Clock() if reactor is None else reactor
+        self.reactor: IReactorTime = Clock() if reactor is None else reactor
         self.calls = 0
 
     def of(self, client: str, atOnce: int) -> IWorkers:

@@ -5,8 +5,9 @@ Sessions of the server, each with everything around it.
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 
+from nixserve.protocol.limits import MAX_SMALL_NAR
 from nixserve.protocol.policy import EVERYTHING, Peer
-from nixserve.protocol.server import MAX_SMALL_NAR, ServeServer
+from nixserve.protocol.server import ServeServer
 from nixserve.testing import FakeStore, ImmediateWorkers, RecordingTransport
 from tests.protocol.vectorstore import storeWith
 from tests.vectors.serve.messages import CLIENT_MAGIC, SERVER_MAGIC, nar, narInfo, wire

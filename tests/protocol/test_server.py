@@ -11,7 +11,6 @@ from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.errors import StoreError
 from nixserve.protocol import server as serverModule
-from nixserve.protocol.limits import MAX_SMALL_NAR
 from nixserve.protocol.policy import EVERYTHING, NOTHING, READ_ONLY, Peer, Policy, Right
 from nixserve.protocol.server import MAX_POSTPONED, MAX_UNREAD, STALL_SECONDS, ServeServer
 from nixserve.protocol.sessions import ServeSessions
