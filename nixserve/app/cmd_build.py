@@ -16,7 +16,7 @@ from nixserve.app.facts import emitJSON, emitNothing, errorFact
 from nixserve.app.localside import LocalSide, checkStoreDirs
 from nixserve.app.outlinks import OutLinks
 from nixserve.app.text import formatBytes
-from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.codec.buildresult import BuildResult, BuildStatus, exitStatus
 from nixserve.codec.derivation import derivationName
 from nixserve.codec.messages import BuildOptions
 from nixserve.codec.storepath import StorePath
@@ -86,27 +86,6 @@ def build(
         emit(errorFact(e))
         raise
     click.get_current_context().exit(status)
-
-
-def exitStatus(results: list[BuildResult]) -> int:
-    """
-    What C{nix-store -r} exits with (Nix 2.8, src/libstore/build/worker.cc, exitStatus): bits for permanent failures,
-    timeouts, wrong hashes and differing outputs, 1 if there are only others, 0 if there are no failures.
-    """
-    from nixserve.builder.outputs import HASH_MISMATCH
-
-    bits, failed = 0, False
-    for result in results:
-        failed |= not result.success
-        if result.status == BuildStatus.TIMED_OUT:
-            bits |= 0b101
-        elif result.status == BuildStatus.OUTPUT_REJECTED and HASH_MISMATCH in printable(result.errorMsg):
-            bits |= 0b110
-        elif result.status in (BuildStatus.PERMANENT_FAILURE, BuildStatus.DEPENDENCY_FAILED):
-            bits |= 0b100
-        elif result.status == BuildStatus.NOT_DETERMINISTIC:
-            bits |= 0b1000
-    return 0b1100000 | bits if bits else int(failed)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from nixserve.builder.builtinjob import BuiltinJob
 from nixserve.builder.builtins import isBuiltin
 from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.environment import builderEnvironment, outputRewrites
-from nixserve.builder.outputs import BuiltOutputs, OutputPlace, registerOutputs
+from nixserve.builder.outputs import BuiltOutputs, HashMismatch, OutputPlace, registerOutputs
 from nixserve.builder.process import CancelToken, Ending, Limits, Outcome, ProcessSpec, runBuilder
 from nixserve.builder.sandbox import Sandbox, SandboxPath
 from nixserve.builder.settings import BuildSettings
@@ -383,7 +383,8 @@ def _proceed() -> None:
 
 def failed(error: BuildError | FormatError | StoreError | OSError) -> BuildResult:
     """The result of a build that ended with an error."""
-    return BuildResult(error.status if isinstance(error, BuildError) else BuildStatus.MISC_FAILURE, str(error))
+    status = error.status if isinstance(error, BuildError) else BuildStatus.MISC_FAILURE
+    return BuildResult(status, str(error), hashMismatch=isinstance(error, HashMismatch))
 
 
 def _timed(result: BuildResult, outcome: Outcome) -> BuildResult:

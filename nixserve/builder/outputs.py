@@ -26,7 +26,7 @@ from typing import Protocol, TypeVar
 
 from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.outputchecks import checkOutputs
-from nixserve.codec.buildresult import BuildStatus
+from nixserve.codec.buildresult import HASH_MISMATCH, BuildStatus
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, OutputKind
 from nixserve.codec.hashes import Hash
@@ -44,14 +44,26 @@ from nixserve.store.pathlocks import PathLocks, moveInto, vacate
 from nixserve.store.restoring import restorePath
 from nixserve.store.validpaths import ValidPaths
 
-__all__ = ["HASH_MISMATCH", "BuildSession", "BuiltOutputs", "OutputPlace", "Patience", "registerOutputs"]
-
-#: How the message about a wrong hash begins; L{BuildStatus.OUTPUT_REJECTED} has other reasons too.
-HASH_MISMATCH = "hash mismatch in fixed-output derivation "
+__all__ = ["BuildSession", "BuiltOutputs", "HashMismatch", "OutputPlace", "Patience", "registerOutputs"]
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 _T = TypeVar("_T")
+
+
+class HashMismatch(BuildError):
+    """
+    The contents of a fixed output are others than its derivation states.
+
+    @ivar specified: the hash that they were to have.
+    @ivar found: the one that they have.
+    """
+
+    def __init__(self, drvPath: StorePath, specified: Hash, found: Hash) -> None:
+        self.specified = specified
+        self.found = found
+        hashes = f"  specified: {specified.sri}\n     got:    {found.sri}"
+        super().__init__(BuildStatus.OUTPUT_REJECTED, f"{HASH_MISMATCH}'{drvPath}':\n{hashes}")
 
 
 class Patience(Protocol):
@@ -173,7 +185,7 @@ class _Registration:
         #: By the hash part of the scratch path, the final path; of outputs that have one.
         self._finals: dict[str, StorePath] = {}
         self._infos: dict[str, ValidPathInfo] = {}
-        self._mismatch = ""
+        self._mismatch: HashMismatch | None = None
 
     def run(self) -> dict[str, StorePath]:
         """All steps."""
@@ -184,13 +196,13 @@ class _Registration:
         examined = {name: self._examine(name, places[name]) for name in sorted(places) if not places[name].valid}
         for name in self._inOrder(examined):
             self._infos[name] = self._install(examined[name])
-        if not self._mismatch:
+        if self._mismatch is None:
             checkOutputs(self._built.options, self._infos, self._finalPaths(), self._validPaths, self._layout.storeDir)
         self._register(self._infos.values())
         # Others are told of them before the session of the build ends.
         self._validPaths.sync()
-        if self._mismatch:
-            raise BuildError(BuildStatus.OUTPUT_REJECTED, self._mismatch)
+        if self._mismatch is not None:
+            raise self._mismatch
         return self._finalPaths()
 
     def _finalPaths(self) -> dict[str, StorePath]:
@@ -327,11 +339,7 @@ class _Registration:
             raise BuildError(BuildStatus.MISC_FAILURE, str(error)) from error
         specified = self._built.drv.outputs[output.name].contentAddress
         if specified is not None and specified.hash != ca.hash:
-            self._mismatch = (
-                f"{HASH_MISMATCH}'{self._built.drvPath}':\n"
-                f"  specified: {specified.hash.sri}\n"
-                f"     got:    {ca.hash.sri}"
-            )
+            self._mismatch = HashMismatch(self._built.drvPath, specified.hash, ca.hash)
         return path
 
     def _contentAddress(self, output: _Examined) -> ContentAddress | None:
@@ -400,11 +408,12 @@ class _Registration:
         real = self._layout.realPath(info.path)
         self._patience(lambda: self._session.addTempRoots([info.path]))
         try:
-            lock = self._patience(lambda: PathLocks([real])) if not self._mismatch else PathLocks([real])
+            lock = self._patience(lambda: PathLocks([real])) if self._mismatch is None else PathLocks([real])
         except Busy:
             # Whoever holds it may wait for ours. What has the wrong hash nobody waits for.
             deletePath(output.realPath)
-            raise _rejected(self._mismatch) from None
+            assert self._mismatch is not None, "for anything else there is patience"
+            raise self._mismatch from None
         try:
             if self._validPaths.isAnyValid([info.path]):
                 deletePath(output.realPath)

@@ -16,8 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from nixserve.builder.outputs import HASH_MISMATCH
-from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.codec.buildresult import BuildResult, exitStatus
 from nixserve.codec.derivation import BasicDerivation, Derivation, derivationName
 from nixserve.codec.peertext import peerText
 from nixserve.codec.resolution import basicDerivation, mustResolve, resolve
@@ -119,7 +118,7 @@ class BuildPlan:
         self._messages: list[str] = []
         self._fatal = ""
         self._result: BuildPathsResult | None = None
-        self._timedOut = self._failed = self._hashMismatch = self._notDeterministic = False
+        self._failures: list[BuildResult] = []
         for target in targets:
             self._addTarget(target)
         self._targets = frozenset(self._goals)
@@ -166,7 +165,7 @@ class BuildPlan:
                 goal.outputs.update({name: output.outPath for name, output in result.builtOutputs.items()})
                 self._done(goal)
             else:
-                self._note(result)
+                self._failures.append(result)
                 self._fail(goal, result.errorMsg)
 
     @property
@@ -206,10 +205,12 @@ class BuildPlan:
         failed = sorted({goal.path for goal in targets if goal.state is not _State.DONE} | (self._missing or set()))
         if not failed:
             return BuildPathsResult()
+        # What is missing without having been built is no build's failure.
+        status = exitStatus(self._failures) or 1
         if len(failed) == 1 and errors:
-            return BuildPathsResult(self._exitStatus(), _asError(errors[0]))
+            return BuildPathsResult(status, _asError(errors[0]))
         self._messages += map(_asError, errors)
-        return BuildPathsResult(self._exitStatus(), _asError(f"build of {_quoted(failed)} failed"))
+        return BuildPathsResult(status, _asError(f"build of {_quoted(failed)} failed"))
 
     # Targets and goals.
 
@@ -380,23 +381,6 @@ class BuildPlan:
         used = {inputs[path][name] for path, names in drv.inputDrvs.items() for name in names}
         closure = self._session.queryClosure(drv.inputSrcs | used)
         return PlannedBuild(goal.path, basicDerivation(drv, frozenset(closure)))
-
-    # Exit status.
-
-    def _note(self, result: BuildResult) -> None:
-        """Remember what the exit status depends on."""
-        self._failed |= result.status == BuildStatus.PERMANENT_FAILURE
-        self._timedOut |= result.status == BuildStatus.TIMED_OUT
-        self._notDeterministic |= result.status == BuildStatus.NOT_DETERMINISTIC
-        self._hashMismatch |= result.status == BuildStatus.OUTPUT_REJECTED and result.errorMsg.startswith(HASH_MISMATCH)
-
-    def _exitStatus(self) -> int:
-        """The bits of C{Worker::exitStatus}, Nix 2.8, src/libstore/build/worker.cc; 1 for everything else."""
-        bits = 0
-        if self._failed or self._timedOut or self._hashMismatch:
-            bits |= 0b100
-        bits |= 0b001 * self._timedOut | 0b010 * self._hashMismatch | 0b1000 * self._notDeterministic
-        return 0b1100000 | bits if bits else 1
 
 
 def missingDependency(drvPath: StorePath, drv: BasicDerivation, valid: Collection[StorePath]) -> str:

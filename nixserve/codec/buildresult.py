@@ -1,5 +1,6 @@
 """
-What came of a build: BuildResult, its status numbers, and the realised outputs.
+What came of a build: BuildResult, its status numbers, and the realised outputs; and what a command that builds ends
+with.
 
 Numbers and names are those of Nix 2.8, src/libstore/build-result.hh.
 """
@@ -7,12 +8,22 @@ Numbers and names are those of Nix 2.8, src/libstore/build-result.hh.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from nixserve.codec.storepath import StorePath
+from nixserve.codec.terminal import printable
 
-__all__ = ["UNKNOWN_DRV_HASH", "BuildResult", "BuildStatus", "Realisation"]
+__all__ = [
+    "HASH_MISMATCH",
+    "UNKNOWN_DRV_HASH",
+    "BuildResult",
+    "BuildStatus",
+    "Realisation",
+    "exitStatus",
+    "saysHashMismatch",
+]
 
 
 class BuildStatus(enum.IntEnum):
@@ -44,6 +55,9 @@ _SUCCESSES = frozenset(
     }
 )
 
+HASH_MISMATCH: Final = "hash mismatch in fixed-output derivation "
+"""What the message begins with that the contents of a fixed output are others than its derivation states."""
+
 UNKNOWN_DRV_HASH = "sha256:" + 64 * "0"
 """What servers from Nix 2.35 on put where older peers expect the hash of the derivation."""
 
@@ -72,6 +86,8 @@ class BuildResult:
     @ivar errorMsg: empty on success. May contain ANSI escapes.
     @ivar startTime: Unix seconds, 0 if unknown; C{stopTime} likewise.
     @ivar builtOutputs: by output name; empty on failure.
+    @ivar hashMismatch: of a L{BuildStatus.OUTPUT_REJECTED}, whether for the contents of a fixed output, which are
+        others than its derivation states. Does not travel but in C{errorMsg}: see L{saysHashMismatch}.
     """
 
     status: int
@@ -81,8 +97,38 @@ class BuildResult:
     startTime: int = 0
     stopTime: int = 0
     builtOutputs: Mapping[str, Realisation] = field(default_factory=dict)
+    hashMismatch: bool = False
 
     @property
     def success(self) -> bool:
         """Are the outputs there?"""
         return self.status in _SUCCESSES
+
+
+def saysHashMismatch(status: int, errorMsg: str) -> bool:
+    """
+    What a peer's result does not say otherwise. The protocol has one number for all that is wrong with outputs; later
+    versions of Nix have another one for this among themselves, but send the old one.
+
+    @param errorMsg: perhaps coloured.
+    """
+    return status == BuildStatus.OUTPUT_REJECTED and HASH_MISMATCH in printable(errorMsg)
+
+
+def exitStatus(results: Iterable[BuildResult]) -> int:
+    """
+    What C{nix-store -r} exits with (Nix 2.8, src/libstore/build/worker.cc, C{Worker::exitStatus}): bits for permanent
+    failures, timeouts, wrong hashes and differing outputs, 1 if there are only others, 0 if there are no failures.
+    """
+    bits, failed = 0, False
+    for result in results:
+        failed |= not result.success
+        if result.status == BuildStatus.TIMED_OUT:
+            bits |= 0b101
+        elif result.hashMismatch:
+            bits |= 0b110
+        elif result.status in (BuildStatus.PERMANENT_FAILURE, BuildStatus.DEPENDENCY_FAILED):
+            bits |= 0b100
+        elif result.status == BuildStatus.NOT_DETERMINISTIC:
+            bits |= 0b1000
+    return 0b1100000 | bits if bits else int(failed)

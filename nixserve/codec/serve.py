@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from nixserve.codec.aterm import MAX_STRINGS
-from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation
+from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation, saysHashMismatch
 from nixserve.codec.contentaddress import ContentAddress
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
 from nixserve.codec.hashes import Hash
@@ -579,7 +579,8 @@ def _readBuildResult(reader: Reader, request: BuildDerivation, version: int, sto
         builtOutputs = dict(parsed)
         if len(builtOutputs) != len(parsed):
             raise FormatError("a built output is described twice")
-    return BuildResult(status, errorMsg, timesBuilt, isNonDeterministic, startTime, stopTime, builtOutputs)
+    times = (timesBuilt, isNonDeterministic, startTime, stopTime)
+    return BuildResult(status, errorMsg, *times, builtOutputs, saysHashMismatch(status, errorMsg))
 
 
 def _writeBuildResult(writer: Writer, result: BuildResult, version: int) -> None:

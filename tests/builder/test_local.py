@@ -20,7 +20,7 @@ from nixserve.builder import execution, openfiles
 from nixserve.builder.local import BuildSettings, LocalBuilder, SandboxMode, removeAbandoned
 from nixserve.builder.process import CancelToken
 from nixserve.builder.sandbox import SandboxPath, findShell, sandboxProblem
-from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus
+from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, saysHashMismatch
 from nixserve.codec.derivation import (
     BasicDerivation,
     DerivationOutput,
@@ -862,6 +862,8 @@ def test_hashMismatch(building):
         f"  specified: {hashBytes('sha256', b'wanted').sri}\n"
         f"     got:    {hashBytes('sha256', b'hello').sri}",
     )
+    # Whoever hears of it at the other end of a session knows it from the message.
+    assert result.hashMismatch and saysHashMismatch(result.status, result.errorMsg)
     assert info(building.store, fixed(building.store, b"hello").path).deriver == building.drvPath
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from nixserve.builder.drvoptions import DerivationOptions
-from nixserve.builder.outputs import BuiltOutputs, OutputPlace, registerOutputs
+from nixserve.builder.outputs import BuiltOutputs, HashMismatch, OutputPlace, registerOutputs
 from nixserve.codec.buildresult import BuildStatus
 from nixserve.codec.contentaddress import ContentAddress
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput, outputPaths, parseDerivation
@@ -90,6 +90,7 @@ class Build:
             self.register(**options)
         assert caught.value.status == status
         assert self.store.validPaths.queryValidPaths([path for path in self.known.values() if path]) == set()
+        self.refusal = caught.value
         return str(caught.value)
 
 
@@ -469,6 +470,9 @@ def test_wrongHash(diverted):
         f"  specified: {hashBytes('sha256', b'wanted').sri}\n"
         f"     got:    {hashBytes('sha256', b'hello').sri}"
     )
+    assert isinstance(build.refusal, HashMismatch)
+    assert build.refusal.specified == hashBytes("sha256", b"wanted")
+    assert build.refusal.found == hashBytes("sha256", b"hello")
     actual = fixed(diverted, b"hello").path
     registered = info(diverted, actual)
     assert registered.deriver == build.drvPath and registered.ultimate

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation
+from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation, exitStatus
 from nixserve.codec.serve import BuildDerivation, Command, readReply, writeReply
 from nixserve.codec.wire import Reader
 from nixserve.errors import FormatError
@@ -144,3 +144,65 @@ def test_realServerMissesAnInput(minor):
     assert result.status is BuildStatus.MISC_FAILURE
     assert str(path("missing")) in result.errorMsg and "\x1b[" in result.errorMsg
     assert write(result, minor) == reply
+
+
+# --- what a command ends with -------------------------------------------------------------------------------
+
+
+MISMATCH = "hash mismatch in fixed-output derivation 'x'"
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "expected"),
+    [
+        (BuildStatus.OUTPUT_REJECTED, f"{MISMATCH}:\n  specified: sha256-a\n     got:    sha256-b", True),
+        (BuildStatus.OUTPUT_REJECTED, f"\x1b[31;1merror:\x1b[0m {MISMATCH}", True),
+        (
+            BuildStatus.OUTPUT_REJECTED,
+            "hash \x1b[1mmismatch\x1b[0m in fixed-output derivation '\x1b[35;1mx\x1b[0m'",
+            True,
+        ),
+        (BuildStatus.OUTPUT_REJECTED, "output is not allowed to refer to", False),
+        (BuildStatus.OUTPUT_REJECTED, "", False),
+        (BuildStatus.PERMANENT_FAILURE, MISMATCH, False),
+        (77, MISMATCH, False),
+    ],
+)
+def test_hashMismatch(number, text, expected):
+    """Of a peer's results those which say so are about a wrong hash, and on the way to another peer they still are."""
+    result = read(wire(number, text), 2)
+    assert result.hashMismatch is expected
+    for minor in (2, 6, 8):
+        assert read(write(result, minor), minor) == result
+
+
+def test_exitStatusOfHashMismatch():
+    """Of our own results the fact counts, whatever the message is."""
+    assert exitStatus([BuildResult(BuildStatus.OUTPUT_REJECTED, "", hashMismatch=True)]) == 102
+    assert exitStatus([BuildResult(BuildStatus.OUTPUT_REJECTED, MISMATCH)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("results", "status"),
+    [
+        ([], 0),
+        ([(BuildStatus.BUILT, "")], 0),
+        ([(BuildStatus.PERMANENT_FAILURE, "")], 100),
+        ([(BuildStatus.TIMED_OUT, "")], 101),
+        ([(BuildStatus.OUTPUT_REJECTED, MISMATCH)], 102),
+        ([(BuildStatus.OUTPUT_REJECTED, f"\x1b[31;1m{MISMATCH}")], 102),
+        ([(BuildStatus.OUTPUT_REJECTED, "output is not allowed to refer to")], 1),
+        ([(BuildStatus.NOT_DETERMINISTIC, "")], 104),
+        ([(BuildStatus.MISC_FAILURE, "")], 1),
+        ([(BuildStatus.TRANSIENT_FAILURE, "")], 1),
+        ([(77, "")], 1),
+        ([(BuildStatus.DEPENDENCY_FAILED, "failed with exit code 3")], 100),
+        ([(BuildStatus.BUILT, ""), (BuildStatus.MISC_FAILURE, "")], 1),
+        ([(BuildStatus.PERMANENT_FAILURE, ""), (BuildStatus.OUTPUT_REJECTED, MISMATCH)], 102),
+        ([(BuildStatus.TIMED_OUT, ""), (BuildStatus.OUTPUT_REJECTED, MISMATCH)], 103),
+        ([(BuildStatus.PERMANENT_FAILURE, ""), (BuildStatus.NOT_DETERMINISTIC, "")], 108),
+    ],
+)
+def test_exitStatus(results, status):
+    """As C{nix-store -r} has it, of what peers say; several failures together too."""
+    assert exitStatus([read(wire(number, text), 2) for number, text in results]) == status
