@@ -18,8 +18,8 @@ from nixserve.codec import base32
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import StoreError
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.layout import StoreLayout
-from nixserve.store.opening import fileSystemErrors
 
 __all__ = ["OutLinks"]
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from nixserve.builder.sandbox import BUILD_DIR, Sandbox
 from nixserve.builder.users import BuildUser
 from nixserve.errors import StoreError
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.files import deletePath
 from nixserve.store.layout import StoreLayout
-from nixserve.store.opening import fileSystemErrors
 from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["Workspace", "makeBuildDir"]

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from nixserve.hook.machines import Machine
-from nixserve.store.opening import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["FIRST_PAUSE", "FORGOTTEN_AFTER", "LONGEST_PAUSE", "Aside", "Attempt", "Failure"]

@@ -36,7 +36,7 @@ from nixserve.codec.storepath import StorePath
 from nixserve.errors import StoreError
 from nixserve.hook.machines import Machine
 from nixserve.store.api import Busy
-from nixserve.store.opening import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["MAX_CLAIMED", "Claims"]

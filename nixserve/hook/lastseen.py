@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 from nixserve.hook.machines import Machine
-from nixserve.store.opening import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["LastSeen"]

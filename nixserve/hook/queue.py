@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 
 from nixserve.hook.machines import Machine
-from nixserve.store.opening import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["MAX_WAITING", "MAX_WAITING_IN_ALL", "WAITING_PER_SLOT", "Queue", "Ticket"]

@@ -21,7 +21,7 @@ from typing import Self
 from nixserve.hook.choice import preference
 from nixserve.hook.machines import Machine
 from nixserve.store.api import Busy
-from nixserve.store.opening import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors
 
 __all__ = ["Slot", "Slots"]
 

@@ -50,9 +50,9 @@ from nixserve.store.contents import (
     sizeMismatch,
 )
 from nixserve.store.drvhashes import DerivationMemo, DrvHashes
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.files import deletePath, dumpPath
 from nixserve.store.layout import StoreLayout
-from nixserve.store.opening import fileSystemErrors
 from nixserve.store.pathlocks import NoLockFile, PathLocks, moveInto, vacate
 from nixserve.store.restoring import PathRestorer, restoreNar
 from nixserve.store.roots import TempRoots

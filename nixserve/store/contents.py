@@ -27,6 +27,7 @@ from nixserve.codec.pathinfo import Signature, ValidPathInfo
 from nixserve.codec.storepath import HASH_PART_LENGTH, MAX_NAME_LENGTH, StoreDir, StorePath
 from nixserve.errors import FormatError, StoreError
 from nixserve.store.drvhashes import DerivationMemo, FindingHashes
+from nixserve.store.fileerrors import shortened
 
 __all__ = [
     "MAX_DERIVATION_SIZE",
@@ -59,9 +60,6 @@ MAX_SELF_REFERENCES: Final = 4 * 1024 * 1024
 
 #: Offsets that are hashed together.
 _OFFSETS_AT_ONCE: Final = 10_000
-
-#: Bytes of each end of a long path that a message shows.
-_SHOWN: Final = 200
 
 #: Bytes of the longest path that an object can have in the usual place.
 _LONGEST_ROOT: Final = len(f"{StoreDir().path}/") + HASH_PART_LENGTH + 1 + MAX_NAME_LENGTH
@@ -210,10 +208,9 @@ def checkPathSize(size: int, path: bytes) -> None:
     @raise PathTooLong: it is too long.
     """
     if size > MAX_PATH_SIZE:
-        shown = os.fsdecode(path[:_SHOWN] + b"[...]" + path[-_SHOWN:] if len(path) > 2 * _SHOWN else path)
         raise PathTooLong(
-            f"cannot have '{shown}' in a store: File name too long: its path would have {size} bytes, and at most "
-            f"{MAX_PATH_SIZE} are possible"
+            f"cannot have '{shortened(os.fsdecode(path))}' in a store: File name too long: its path would have {size} "
+            f"bytes, and at most {MAX_PATH_SIZE} are possible"
         )
 
 

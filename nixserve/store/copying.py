@@ -18,13 +18,13 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from nixserve.errors import StoreError
 from nixserve.store.contents import MAX_PATH_SIZE, checkPathSize
 from nixserve.store.files import MTIME_NS, SMALL_FILE, canonicalisePathMetaData, sortedEntries
 from nixserve.store.restoring import handsDownAcl
-from nixserve.store.walk import Walk, chmodNode, failure, lstatNode, unsupported
+from nixserve.store.walk import Walk, chmodNode, lstatNode, unsupported
 
 __all__ = ["TooLarge", "TreeCopier"]
 
@@ -84,37 +84,28 @@ class TreeCopier:
         """
         self._size = 0
         longer = len(os.fsencode(realPath)) - len(os.fsencode(target))
-        try:
-            origin = Walk(source)
-        except OSError as error:
-            raise failure("copy", source, error) from error
-        with origin:
-            name = origin.base
-            try:
-                with Walk(target) as copy:
-                    title = copy.base
-                    self._links = f"{os.path.dirname(target)}/{_LINKS}"
-                    levels = [[(origin.base, stat.S_IFMT(lstatNode(origin.base, origin.fd).st_mode))]]
-                    while levels:
-                        if levels[-1]:
-                            name, kind = levels[-1].pop()
-                            self._proceed()
-                            entry = title if len(levels) == 1 else name
-                            size = copy.pathSize + 1 + len(entry) + longer
-                            if size > MAX_PATH_SIZE:
-                                checkPathSize(size, os.fsencode(origin.path(name)))
-                            if self._copyNode(origin, copy, name, kind, entry):
-                                name = b""
-                                levels.append(sortedEntries(origin.fd))
-                        else:
-                            levels.pop()
-                            if levels:
-                                os.fchmod(copy.fd, 0o555)
-                                os.utime(copy.fd, ns=self._times)
-                                copy.leave()
-                                name = origin.leave()
-            except OSError as error:
-                raise failure("copy", origin.path(name), error) from error
+        with Walk(source, "copy") as origin, closing(Walk(target, "copy")) as copy:
+            title = copy.base
+            self._links = f"{os.path.dirname(target)}/{_LINKS}"
+            levels = [[(origin.base, stat.S_IFMT(lstatNode(origin.base, origin.fd).st_mode))]]
+            while levels:
+                if levels[-1]:
+                    name, kind = levels[-1].pop()
+                    origin.name = name
+                    self._proceed()
+                    entry = title if len(levels) == 1 else name
+                    size = copy.pathSize + 1 + len(entry) + longer
+                    if size > MAX_PATH_SIZE:
+                        checkPathSize(size, os.fsencode(origin.path(name)))
+                    if self._copyNode(origin, copy, name, kind, entry):
+                        levels.append(sortedEntries(origin.fd))
+                else:
+                    levels.pop()
+                    if levels:
+                        os.fchmod(copy.fd, 0o555)
+                        os.utime(copy.fd, ns=self._times)
+                        copy.leave()
+                        origin.leave()
         if handsDownAcl(target):
             canonicalisePathMetaData(target)
 

@@ -31,8 +31,8 @@ from urllib.parse import quote
 
 from nixserve.errors import StoreError
 from nixserve.store.api import Busy
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.layout import StoreLayout
-from nixserve.store.opening import fileSystemErrors
 
 __all__ = ["OLDEST_SCHEMA", "PATIENCE", "SCHEMA", "Database"]
 

@@ -13,12 +13,12 @@ import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from nixserve.store.walk import Walk, failure, lstatNode
+from nixserve.store.fileerrors import fileSystemErrors
+from nixserve.store.walk import Walk, lstatNode
 
 __all__ = ["Durability"]
 
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,55 +47,28 @@ class Durability:
             for path in realPaths:
                 _syncTree(path)
             # The names of the objects, once for all.
-            _syncDirectory(os.path.dirname(next(iter(realPaths))))
+            directory = os.path.dirname(next(iter(realPaths)))
+            with fileSystemErrors(f"cannot sync '{directory}'"):
+                _sync(directory, _FLAGS)
         if self.syncBeforeRegistering and realPaths:
             os.sync()
 
 
 def _syncTree(path: str) -> None:
     """Write out a tree: what is in a directory before the directory."""
-    name = b""
-    try:
-        walk = Walk(path)
-    except OSError as error:
-        raise failure("sync", path, error) from error
-    with walk:
-        try:
-            levels = [[walk.base]]
-            while levels:
-                if levels[-1]:
-                    name = levels[-1].pop()
-                    mode = lstatNode(name, walk.fd).st_mode
-                    if stat.S_ISDIR(mode):
-                        walk.enter(name)
-                        name = b""
-                        levels.append([os.fsencode(entry) for entry in os.listdir(walk.fd)])
-                    elif stat.S_ISREG(mode):
-                        # A symbolic link is written out with its directory.
-                        _syncFile(walk, name)
-                else:
-                    levels.pop()
-                    if levels:
-                        os.fsync(walk.fd)
-                        name = walk.leave()
-        except OSError as error:
-            raise failure("sync", walk.path(name), error) from error
+    with Walk(path, "sync") as walk:
+        for name, left in walk.nodes():
+            mode = lstatNode(name, walk.fd).st_mode
+            if stat.S_ISDIR(mode) and not left:
+                walk.enter(name)
+            elif left or stat.S_ISREG(mode):
+                # A symbolic link is written out with its directory.
+                _sync(name, _FLAGS | os.O_NOFOLLOW, walk.fd)
 
 
-def _syncFile(walk: Walk, name: bytes) -> None:
-    fd = os.open(name, _FILE_FLAGS, dir_fd=walk.fd)
+def _sync(path: bytes | str, flags: int, dirFd: int | None = None) -> None:
+    fd = os.open(path, flags, dir_fd=dirFd)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _syncDirectory(path: str) -> None:
-    try:
-        fd = os.open(path, _DIRECTORY_FLAGS)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise failure("sync", path, error) from error

@@ -30,7 +30,7 @@ from nixserve.codec.nar import (
     symlinkNode,
 )
 from nixserve.errors import StoreError
-from nixserve.store.walk import Walk, chmodNode, failure, lstatNode, unsupported
+from nixserve.store.walk import Walk, chmodNode, lstatNode, unsupported
 
 __all__ = [
     "MTIME_NS",
@@ -109,43 +109,34 @@ def dumpPath(path: str, chunkSize: int = MAX_CHUNK) -> Iterator[bytes]:
     @param chunkSize: how many bytes a chunk has at most, itself at least 8 KiB. All but the last are about as large.
     @raise StoreError: something cannot be read, changes its size meanwhile, or is a socket, FIFO or device.
     """
-    name = b""
     chunks = _Chunks(chunkSize)
-    try:
-        walk = Walk(path)
-    except OSError as error:
-        raise failure("read", path, error) from error
-    with walk:
-        try:
-            name = walk.base
-            levels = [iter([(name, stat.S_IFMT(lstatNode(name, walk.fd).st_mode))])]
-            while levels:
-                # The root of a NAR has no name.
-                title = b""
-                for name, kind in levels[-1]:
-                    title = name if len(levels) > 1 else b""
-                    if kind == stat.S_IFREG:
-                        yield from _dumpRegular(walk, name, title, chunks)
-                    elif kind == stat.S_IFDIR:
-                        walk.enter(name)
-                        name = b""
-                        levels.append(_compact(sortedEntries(walk.fd)))
-                        if chunk := chunks.add(directoryStart(title)):
-                            yield chunk
-                        break
-                    elif kind == stat.S_IFLNK:
-                        if chunk := chunks.add(symlinkNode(title, os.readlink(name, dir_fd=walk.fd))):
-                            yield chunk
-                    else:
-                        raise unsupported(walk.path(name))
+    with Walk(path, "read") as walk:
+        levels = [iter([(walk.base, stat.S_IFMT(lstatNode(walk.base, walk.fd).st_mode))])]
+        while levels:
+            # The root of a NAR has no name.
+            title = b""
+            for name, kind in levels[-1]:
+                walk.name = name
+                title = name if len(levels) > 1 else b""
+                if kind == stat.S_IFREG:
+                    yield from _dumpRegular(walk, name, title, chunks)
+                elif kind == stat.S_IFDIR:
+                    walk.enter(name)
+                    levels.append(_compact(sortedEntries(walk.fd)))
+                    if chunk := chunks.add(directoryStart(title)):
+                        yield chunk
+                    break
+                elif kind == stat.S_IFLNK:
+                    if chunk := chunks.add(symlinkNode(title, os.readlink(name, dir_fd=walk.fd))):
+                        yield chunk
                 else:
-                    levels.pop()
-                    if levels:
-                        name = walk.leave()
-                        if chunk := chunks.add(directoryEnd(name if len(levels) > 1 else b"")):
-                            yield chunk
-        except OSError as error:
-            raise failure("read", walk.path(name), error) from error
+                    raise unsupported(walk.path(name))
+            else:
+                levels.pop()
+                if levels:
+                    name = walk.leave()
+                    if chunk := chunks.add(directoryEnd(name if len(levels) > 1 else b"")):
+                        yield chunk
     if chunk := chunks.flush():
         yield chunk
 
@@ -263,27 +254,10 @@ def canonicalisePathMetaData(path: str) -> None:
     @param path: the tree. Nobody else may be able to write to it any more, or a file may be changed behind our back.
     @raise StoreError: a socket, FIFO or device; the operating system refuses.
     """
-    name = b""
-    try:
-        walk = Walk(path)
-    except OSError as error:
-        raise failure("canonicalise", path, error) from error
-    with walk:
-        try:
-            levels = [[walk.base]]
-            while levels:
-                if levels[-1]:
-                    name = levels[-1].pop()
-                    if _canonicaliseNode(walk, name):
-                        walk.enter(name)
-                        name = b""
-                        levels.append([os.fsencode(entry) for entry in os.listdir(walk.fd)])
-                else:
-                    levels.pop()
-                    if levels:
-                        name = walk.leave()
-        except OSError as error:
-            raise failure("canonicalise", walk.path(name), error) from error
+    with Walk(path, "canonicalise") as walk:
+        for name, left in walk.nodes():
+            if not left and _canonicaliseNode(walk, name):
+                walk.enter(name)
 
 
 def _canonicaliseNode(walk: Walk, name: bytes) -> bool:
@@ -330,38 +304,26 @@ def deletePath(path: str) -> int:
         in C{.links}, which goes as soon as nobody else uses it). As Nix counts.
     @raise StoreError: something cannot be deleted.
     """
-    name: bytes | str = b""
-    freed = 0
     try:
-        walk = Walk(path)
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise failure("delete", path, error) from error
+        walk = Walk(path, "delete")
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return 0
+        raise
+    freed = 0
     with walk:
-        try:
-            levels: list[list[bytes | str]] = [[walk.base]]
-            while True:
-                if levels[-1]:
-                    name = levels[-1].pop()
-                    with suppress(FileNotFoundError):
-                        status = lstatNode(name, walk.fd)
-                        if stat.S_ISDIR(status.st_mode):
-                            _enterToDelete(walk, os.fsencode(name), status.st_mode)
-                            name = b""
-                            levels.append([*os.listdir(walk.fd)])
-                        else:
-                            os.unlink(name, dir_fd=walk.fd)
-                            freed += status.st_size if status.st_nlink <= 2 else 0
+        for name, left in walk.nodes():
+            with suppress(FileNotFoundError):
+                if left:
+                    os.rmdir(name, dir_fd=walk.fd)
+                    continue
+                status = lstatNode(name, walk.fd)
+                if stat.S_ISDIR(status.st_mode):
+                    _enterToDelete(walk, name, status.st_mode)
                 else:
-                    levels.pop()
-                    if not levels:
-                        return freed
-                    name = walk.leave()
-                    with suppress(FileNotFoundError):
-                        os.rmdir(name, dir_fd=walk.fd)
-        except OSError as error:
-            raise failure("delete", walk.path(name), error) from error
+                    os.unlink(name, dir_fd=walk.fd)
+                    freed += status.st_size if status.st_nlink <= 2 else 0
+    return freed
 
 
 def _enterToDelete(walk: Walk, name: bytes, mode: int) -> None:

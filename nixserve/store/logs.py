@@ -13,8 +13,8 @@ import contextlib
 import os
 
 from nixserve.codec.storepath import StorePath
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.layout import StoreLayout
-from nixserve.store.opening import fileSystemErrors
 from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["BuildLog", "buildLogPath"]

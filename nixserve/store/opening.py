@@ -14,9 +14,10 @@ import os
 import stat
 
 from nixserve.errors import StoreError
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.layout import StoreLayout
 
-__all__ = ["BUILD_USERS_GROUP", "RESERVED_SIZE", "fileSystemErrors", "prepareDirectories"]
+__all__ = ["BUILD_USERS_GROUP", "RESERVED_SIZE", "prepareDirectories"]
 
 #: The group of build users, as Nix's setting build-users-group names it by default.
 BUILD_USERS_GROUP = "nixbld"
@@ -26,21 +27,6 @@ RESERVED_SIZE = 8 * 1024 * 1024
 
 #: Build users may create outputs in a shared store directory, but not remove each other's.
 _SHARED_STORE_MODE = 0o1775
-
-
-class fileSystemErrors(contextlib.AbstractContextManager[None]):
-    """
-    Turns an C{OSError} within the block into a L{StoreError} that says what was tried.
-
-    @ivar doing: what is being tried, as the beginning of a sentence: C{"cannot open '/nix/var/nix/gc.lock'"}.
-    """
-
-    def __init__(self, doing: str) -> None:
-        self.doing = doing
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            raise StoreError(f"{self.doing}: {error.strerror or error}") from error
 
 
 def prepareDirectories(layout: StoreLayout, reservedSize: int = RESERVED_SIZE) -> None:

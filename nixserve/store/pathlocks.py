@@ -37,8 +37,8 @@ from typing import Final
 
 from nixserve.errors import StoreError
 from nixserve.store.api import Busy
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.files import deletePath
-from nixserve.store.opening import fileSystemErrors
 
 __all__ = ["LOCK_SUFFIX", "NoLockFile", "PathLocks", "moveInto", "vacate"]
 

@@ -26,8 +26,9 @@ from nixserve.codec.nar import (
 )
 from nixserve.errors import NixServeError, StoreError
 from nixserve.store.contents import MAX_PATH_SIZE, checkPathSize
+from nixserve.store.fileerrors import fileSystemErrors, refused, shortened
 from nixserve.store.files import MTIME_NS, canonicalisePathMetaData
-from nixserve.store.walk import Walk, chmodNode, failure
+from nixserve.store.walk import Walk, chmodNode
 
 __all__ = ["PathRestorer", "handsDownAcl", "restoreNar", "restorePath"]
 
@@ -77,10 +78,7 @@ class PathRestorer:
         self._fileLeft = 0
         # Access time is nobody's concern, but must be given with the other.
         self._times = (time.time_ns(), MTIME_NS)
-        try:
-            self._walk = Walk(target)
-        except OSError as error:
-            raise failure("write", target, error) from error
+        self._walk = Walk(target, "write")
         self._name = self._walk.base
         self._open = True
 
@@ -112,7 +110,7 @@ class PathRestorer:
             self._apply(events)
         except OSError as error:
             self.abort()
-            raise failure("write", self._path(), error) from error
+            raise refused(f"cannot write '{shortened(self._path())}'", error) from error
         except NixServeError:
             self.abort()
             raise
@@ -267,10 +265,8 @@ def restoreNar(target: str, nar: bytes) -> None:
     for executable in (False, True):
         contents = _contentsOf(nar, executable)
         if contents is not None:
-            try:
+            with fileSystemErrors(f"cannot write '{target}'"):
                 _restoreFile(target, contents, 0o555 if executable else 0o444)
-            except OSError as error:
-                raise failure("write", target, error) from error
             if handsDownAcl(target):
                 canonicalisePathMetaData(target)
             return

@@ -28,8 +28,8 @@ from typing import Final
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import StoreError
 from nixserve.store.api import Busy
+from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.layout import StoreLayout
-from nixserve.store.opening import fileSystemErrors
 
 __all__ = ["TempRoots"]
 

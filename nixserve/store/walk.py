@@ -6,11 +6,13 @@ relative to the descriptor of the directory that contains them, and symbolic lin
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Self
 
 from nixserve.errors import StoreError
+from nixserve.store.fileerrors import fileSystemErrors, refused, shortened
 
-__all__ = ["MAX_OPEN", "Walk", "chmodNode", "failure", "lstatNode", "unsupported"]
+__all__ = ["MAX_OPEN", "Walk", "chmodNode", "lstatNode", "unsupported"]
 
 MAX_OPEN = 12
 """Descriptors of directories that one walk holds at most, besides the first: deeper trees are rare, and each session
@@ -18,8 +20,6 @@ may have a walk. Further down, going up costs two more calls of the system."""
 
 _PARENT_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Characters of each end of a long path that a message shows.
-_SHOWN = 200
 _NODE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -30,17 +30,26 @@ class Walk:
     Only the last few directories on it are open. Going back up to one that is not uses C{..} and checks where that
     led, in case somebody moves directories about.
 
+    As a context manager it turns an C{OSError} within the block into a L{StoreError} that names the file.
+
     @ivar base: the name of the tree in the directory that contains it, where the walk starts.
     @ivar fd: descriptor of the current directory.
+    @ivar name: of what is being worked on in the current directory; empty if that is the directory. For errors.
     @ivar pathSize: bytes of its path.
     """
 
-    __slots__ = ("_fds", "_ids", "_lowest", "_names", "base", "fd", "pathSize")
+    __slots__ = ("_doing", "_fds", "_ids", "_lowest", "_names", "base", "fd", "name", "pathSize")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, doing: str) -> None:
+        """
+        @param doing: what is done to the tree, as a verb.
+        @raise StoreError: the directory that contains the tree cannot be opened.
+        """
         parent, base = os.path.split(os.fsencode(path).rstrip(b"/"))
-        self.base = base
-        self.fd = os.open(parent or (b"." if base else b"/"), _PARENT_FLAGS)
+        self.base = self.name = base
+        self._doing = doing
+        with fileSystemErrors(f"cannot {doing} '{shortened(path)}'"):
+            self.fd = os.open(parent or (b"." if base else b"/"), _PARENT_FLAGS)
         # For each directory on the way its name, its descriptor or -1, and if -1 its device and inode. The first one
         # is always open; among the others those from _lowest on are.
         self._names = [parent]
@@ -52,8 +61,10 @@ class Walk:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *excInfo: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close()
+        if isinstance(error, OSError):
+            raise refused(f"cannot {self._doing} '{shortened(self.path(self.name))}'", error) from error
 
     def close(self) -> None:
         """Close all descriptors. Safe to call twice."""
@@ -79,6 +90,7 @@ class Walk:
             os.close(self._fds[self._lowest])
             self._fds[self._lowest] = -1
             self._lowest += 1
+        self.name = b""
 
     def leave(self) -> bytes:
         """
@@ -95,9 +107,28 @@ class Walk:
         os.close(self._fds.pop())
         self._ids.pop()
         self.fd = self._fds[-1]
-        name = self._names.pop()
+        name = self.name = self._names.pop()
         self.pathSize -= 1 + len(name)
         return name
+
+    def nodes(self) -> Iterator[tuple[bytes, bool]]:
+        """
+        All that is in the tree. Whoever wants to know what is in a directory calls L{enter} when it comes; when
+        everything in it has come, it has been left, and comes once more.
+
+        @return: for each its name in the current directory, and whether that is a directory that has been left.
+        """
+        levels: list[list[bytes | str]] = [[self.base]]
+        while levels:
+            if levels[-1]:
+                self.name = os.fsencode(levels[-1].pop())
+                yield self.name, False
+                if len(self._fds) > len(levels):
+                    levels.append([*os.listdir(self.fd)])
+            else:
+                levels.pop()
+                if levels:
+                    yield self.leave(), True
 
 
 def _identity(fd: int) -> tuple[int, int]:
@@ -109,13 +140,6 @@ def _identity(fd: int) -> tuple[int, int]:
 def lstatNode(name: bytes | str, dirFd: int) -> os.stat_result:
     """The status of C{name} itself in a directory."""
     return os.stat(name, dir_fd=dirFd, follow_symlinks=False)
-
-
-def failure(doing: str, path: str, error: OSError) -> StoreError:
-    """The error that tells of C{error}; of a path that would fill the screen, beginning and end."""
-    if len(path) > 2 * _SHOWN:
-        path = f"{path[:_SHOWN]}[...]{path[-_SHOWN:]}"
-    return StoreError(f"cannot {doing} '{path}': {error.strerror}")
 
 
 def unsupported(path: str) -> StoreError:

@@ -176,6 +176,16 @@ def test_fsyncStorePathsTogether(layout, disk):
     store.close()
 
 
+def test_fsyncThroughLink(layout, disk, tmp_path):
+    """So it is in a store that is reached through a symbolic link, where that is allowed."""
+    link = tmp_path / "link"
+    link.symlink_to(layout.realStoreDir)
+    store = opened(replace(layout, realStoreDir=str(link), allowSymlinkedStore=True), fsyncStorePaths=True)
+    add(store.openSession())
+    assert disk.synced == [layout.realPath(INFOS[0].path), layout.realStoreDir]
+    store.close()
+
+
 def test_fsyncImported(layout, disk):
     """An imported object is written out under its own name."""
     store = opened(layout, fsyncStorePaths=True)
