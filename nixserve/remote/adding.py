@@ -22,15 +22,15 @@ from nixserve.remote.link import Link
 from nixserve.remote.sessions import Upload
 from nixserve.store.api import Busy
 from nixserve.store.contents import (
-    DrainingWriter,
     Intake,
     checkContentAddress,
+    checkMore,
     checkNar,
     checkNewInfo,
     derivationOutputs,
     readDerivation,
-    sizeMismatch,
 )
+from nixserve.store.writers import DrainingWriter, ObjectWriter
 
 __all__ = ["RemoteImportWriter", "RemotePathWriter", "addSmallPaths"]
 
@@ -163,20 +163,21 @@ def checkContents(
     derivationOutputs(info.path, lookup, link.storeDir, link.memo)
 
 
-class RemotePathWriter:
+class RemotePathWriter(ObjectWriter):
     """
     L{nixserve.store.api.PathWriter} of a path that is not valid yet. Holds its lock, which only sessions here heed.
+    What it does waits for the remote, and fails with L{nixserve.errors.RemoteError} if that refuses or is gone.
     """
 
     alreadyValid = False
 
     def __init__(self, link: Link, info: ValidPathInfo) -> None:
+        super().__init__(link.requireOpen)
         self._link = link
         self._info = info
         self._intake = Intake(info.narSize)
         self._outgoing = Outgoing(link, info)
         self._spool = Spool() if needsContents(info) else None
-        self._over = False
         link.uploads.begin(info.path, self)
 
     @property
@@ -184,77 +185,42 @@ class RemotePathWriter:
         """Bytes that have come."""
         return self._intake.size
 
-    def feed(self, data: bytes) -> None:
-        """
-        See L{nixserve.store.api.PathWriter.feed}. Waits until the remote takes it.
-
-        @raise nixserve.errors.RemoteError: the remote refuses, or is gone.
-        """
-        try:
-            self._requireUnfinished()
-            size = self._intake.size + len(data)
-            if size > self._info.narSize or (self._intake.finished and data):
-                raise sizeMismatch(self._info, size)
-            self._intake.feed(data)
-            if self._spool is not None:
-                self._spool.write(data)
-            else:
-                self._outgoing.write(data, self._intake.finished)
-        except BaseException:
-            self.abort()
-            raise
-
     def finish(self) -> None:
-        """
-        See L{nixserve.store.api.PathWriter.finish}. Waits for the remote, which may have to wait for a lock.
-
-        @raise nixserve.errors.RemoteError: the remote refuses, or is gone.
-        """
-        try:
-            self._requireUnfinished()
+        """See L{nixserve.store.api.PathWriter.finish}. The remote may have to wait for a lock."""
+        with self._working(isLast=True):
             narHash = self._intake.finish()
             checkNar(self._info, narHash, self._intake.size)
             checkContents(self._link, self._info, self._spool.chunks if self._spool is not None else tuple)
             _send(self._outgoing, self._spool)
             self._link.added([self._info.path])
-        finally:
-            self.abort()
 
-    def abort(self) -> None:
+    def _take(self, data: bytes) -> None:
+        checkMore(self._info, self._intake.size, self._intake.finished, data)
+        self._intake.feed(data)
+        if self._spool is not None:
+            self._spool.write(data)
+        else:
+            self._outgoing.write(data, self._intake.finished)
+
+    def _free(self) -> None:
         """Cut the transfer, if one is under way, and unlock."""
-        if not self._over:
-            self._over = True
-            self._outgoing.abort()
-            if self._spool is not None:
-                self._spool.close()
-            self._link.uploads.end(self._info.path, self)
-            self._link.unlock([self._info.path])
-
-    def _requireUnfinished(self) -> None:
-        self._link.requireOpen()
-        if self._over:
-            raise StoreError("adding this object to the store has ended already")
+        self._outgoing.abort()
+        if self._spool is not None:
+            self._spool.close()
+        self._link.uploads.end(self._info.path, self)
+        self._link.unlock([self._info.path])
 
 
-class RemoteImportWriter:
+class RemoteImportWriter(ObjectWriter):
     """
     L{nixserve.store.api.ImportWriter}: the NAR is kept here until its path is known.
     """
 
     def __init__(self, link: Link) -> None:
+        super().__init__(link.requireOpen)
         self._link = link
         self._intake = Intake()
-        self._spool: Spool | None = Spool()
-
-    def feed(self, data: bytes) -> None:
-        """See L{nixserve.store.api.ImportWriter.feed}."""
-        try:
-            spool = self._requireUnfinished()
-            self._intake.feed(data)
-            spool.write(data)
-        except BaseException:
-            self.abort()
-            raise
+        self._spool = Spool()
 
     def finish(self, path: StorePath, references: Collection[StorePath], deriver: StorePath | None) -> None:
         """
@@ -262,42 +228,30 @@ class RemoteImportWriter:
 
         @raise nixserve.errors.RemoteError: the remote refuses, or is gone.
         """
-        try:
-            spool = self._requireUnfinished()
+        with self._working(isLast=True):
             info = ValidPathInfo(path, self._intake.finish(), self._intake.size, frozenset(references), deriver)
             checkNewInfo(info, self._link.storeDir)
             if self._link.lockInvalid(info):
                 try:
-                    self._send(info, spool)
+                    self._send(info)
                 finally:
                     self._link.unlock([path])
-        except Busy:
-            raise
-        except BaseException:
-            self.abort()
-            raise
-        self.abort()
 
-    def abort(self) -> None:
-        """Forget what came."""
-        spool, self._spool = self._spool, None
-        if spool is not None:
-            spool.close()
+    def _take(self, data: bytes) -> None:
+        self._intake.feed(data)
+        self._spool.write(data)
 
-    def _send(self, info: ValidPathInfo, spool: Spool) -> None:
-        checkContents(self._link, info, spool.chunks)
+    def _free(self) -> None:
+        self._spool.close()
+
+    def _send(self, info: ValidPathInfo) -> None:
+        checkContents(self._link, info, self._spool.chunks)
         outgoing = Outgoing(self._link, info)
         try:
-            _send(outgoing, spool)
+            _send(outgoing, self._spool)
         finally:
             outgoing.abort()
         self._link.added([info.path])
-
-    def _requireUnfinished(self) -> Spool:
-        self._link.requireOpen()
-        if self._spool is None:
-            raise StoreError("adding this object to the store has ended already")
-        return self._spool
 
 
 def _send(outgoing: Outgoing, spool: Spool | None) -> None:
@@ -366,8 +320,7 @@ def _checkSize(info: ValidPathInfo, nar: bytes) -> None:
 
 
 def _checkWhole(link: Link, info: ValidPathInfo, nar: bytes, earlier: Mapping[StorePath, bytes]) -> None:
-    if len(nar) > info.narSize:
-        raise sizeMismatch(info, len(nar))
+    checkMore(info, 0, False, nar)
     intake = Intake(info.narSize)
     intake.feed(nar)
     checkNar(info, intake.finish(), intake.size)

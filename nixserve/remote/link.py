@@ -17,11 +17,11 @@ from twisted.python.threadable import isInIOThread
 from nixserve.codec.derivation import Derivation
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.errors import LocalProtocolError, RemoteError, StoreError
+from nixserve.errors import LocalProtocolError, RemoteError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.reactors import IThreadReactor
 from nixserve.remote.sessions import Download, RemoteSessions, Upload
-from nixserve.store.api import Busy, InvalidPath
+from nixserve.store.api import Busy, Closable, requireValid
 from nixserve.store.contents import readDerivation
 from nixserve.store.drvhashes import DerivationMemo
 from nixserve.store.uploads import Uploads, UploadWait
@@ -75,7 +75,7 @@ class AddingLocks:
                 del self._holders[path]
 
 
-class Link:
+class Link(Closable):
     """
     One session's. Blocks, in any thread but the reactor's, unless it says otherwise.
 
@@ -87,13 +87,13 @@ class Link:
     def __init__(
         self, reactor: IThreadReactor, sessions: RemoteSessions, locks: AddingLocks, storeDir: StoreDir
     ) -> None:
+        super().__init__(locks.unlockAll)
         self.storeDir = storeDir
         self.memo = DerivationMemo()
         self.sessions = sessions
         self._reactor = reactor
         self._locks = locks
         self._courtesy = UploadWait(locks.uploads)
-        self._closed = False
         # What has been found valid while it was a root. It will stay so.
         self._kept: set[StorePath] = set()
 
@@ -121,32 +121,19 @@ class Link:
 
         return self.hop(lambda: ensureDeferred(ask()))
 
-    def requireOpen(self) -> None:
-        """
-        @raise StoreError: the session is closed.
-        """
-        if self._closed:
-            raise StoreError("the session is closed")
-
     def interrupt(self) -> None:
         """Have whatever waits for the remote fail soon. From any thread; never waits."""
         self._later(self.sessions.cut)
 
-    def close(self) -> None:
+    def _free(self) -> None:
         """
         End the remote sessions, and wait until the remote has freed what they held. In the reactor's thread they are
-        cut, and not waited for. Safe to call twice.
+        cut, and not waited for.
         """
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if isInIOThread():
-                self.sessions.cut()
-            else:
-                self._hop(self.sessions.close)
-        finally:
-            self._locks.unlockAll(self)
+        if isInIOThread():
+            self.sessions.cut()
+        else:
+            self._hop(self.sessions.close)
 
     def _hop(self, function: Callable[P, Deferred[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         if isInIOThread():
@@ -179,8 +166,7 @@ class Link:
         @raise InvalidPath: one is not valid.
         """
         self.keep(paths)
-        for path in sorted(set(paths) - self._kept):
-            raise InvalidPath(path)
+        requireValid(paths, self._kept)
 
     def lockInvalid(self, info: ValidPathInfo) -> bool:
         """

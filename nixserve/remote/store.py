@@ -18,19 +18,14 @@ until they are needed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 from twisted.internet.defer import Deferred
 
-from nixserve.codec.hashes import Hash
-from nixserve.codec.pathinfo import ValidPathInfo, topoSort
-from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
+from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.errors import StoreError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.reactors import IClientReactor, IThreadReactor
 from nixserve.remote.adding import RemoteImportWriter, RemotePathWriter, addSmallPaths
@@ -38,8 +33,9 @@ from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
 from nixserve.remote.link import AddingLocks, Link
 from nixserve.remote.sessions import Open, RemoteSessions
-from nixserve.store.api import ImportWriter, InvalidPath, PathWriter, StoreSession
-from nixserve.store.contents import DrainingWriter, checkNewInfo
+from nixserve.store.api import Closable, ImportWriter, InvalidPath, OpenSessions, PathWriter, StoreSession
+from nixserve.store.contents import checkNewInfo, exportStream, referencesFirst
+from nixserve.store.writers import DrainingWriter
 
 __all__ = ["MAX_THREADS", "RemoteSession", "RemoteStore"]
 
@@ -64,10 +60,7 @@ class RemoteStore:
         self._open = open
         self._storeDir = storeDir or StoreDir()
         self._locks = AddingLocks()
-        self._closed = False
-        self._sessions: set[RemoteSession] = set()
-        # Guards the two above; never held while waiting for anything.
-        self._mutex = threading.Lock()
+        self._sessions = OpenSessions[RemoteSession]()
 
     @classmethod
     def at(cls, reactor: IClientReactor, address: RemoteAddress, environ: Mapping[str, str]) -> RemoteStore:
@@ -93,29 +86,18 @@ class RemoteStore:
         @raise StoreError: the store is closed.
         """
         sessions = RemoteSessions(self._reactor, self._open)
-        with self._mutex:
-            if self._closed:
-                raise StoreError("the store is closed")
-            session = RemoteSession(Link(self._reactor, sessions, self._locks, self._storeDir), self._forget)
-            self._sessions.add(session)
-        return session
+        link = Link(self._reactor, sessions, self._locks, self._storeDir)
+        return self._sessions.open(lambda: RemoteSession(link, self._sessions.forget))
 
     def close(self) -> None:
         """
         Close every session. Safe to call twice, and in the reactor's thread: there it cuts them, and does not wait.
         """
-        with self._mutex:
-            self._closed = True
-            sessions = list(self._sessions)
-        for session in sessions:
+        for session in self._sessions.end():
             session.close()
 
-    def _forget(self, session: RemoteSession) -> None:
-        with self._mutex:
-            self._sessions.discard(session)
 
-
-class RemoteSession(StoreSession):
+class RemoteSession(Closable, StoreSession):
     """
     L{nixserve.store.api.StoreSession} of a L{RemoteStore}.
 
@@ -125,10 +107,10 @@ class RemoteSession(StoreSession):
 
     def __init__(self, link: Link, onClose: Callable[[RemoteSession], None]) -> None:
         """
-        @param onClose: called when everything has been freed.
+        @param onClose: see L{Closable}.
         """
+        super().__init__(onClose)
         self._link = link
-        self._onClose = onClose
 
     @property
     def storeDir(self) -> StoreDir:
@@ -201,8 +183,7 @@ class RemoteSession(StoreSession):
         """
         self._link.require(paths)
         infos = self.queryPathInfos(paths)
-        order = topoSort({path: info.references for path, info in infos.items()})
-        return self._export([infos[path] for path in order])
+        return self._export(referencesFirst(infos))
 
     def addToStore(self, info: ValidPathInfo) -> PathWriter:
         """
@@ -231,15 +212,8 @@ class RemoteSession(StoreSession):
         """
         self._link.interrupt()
 
-    def close(self) -> None:
-        """
-        End the remote sessions, and wait until the remote has freed what they held. In the reactor's thread they are
-        cut, and not waited for.
-        """
-        try:
-            self._link.close()
-        finally:
-            self._onClose(self)
+    def _free(self) -> None:
+        self._link.close()
 
     def _ours(self, paths: Collection[StorePath]) -> list[StorePath]:
         """Those in the store directory: with another in it, the remote refuses the whole question."""
@@ -252,23 +226,10 @@ class RemoteSession(StoreSession):
 
     def _export(self, infos: Sequence[ValidPathInfo]) -> Iterator[bytes]:
         with contextlib.closing(self._link.dump([info.path for info in infos])) as stream:
-            for info in infos:
-                yield writeExportMarker(True)
-                yield from _checked(info, stream)
-                yield writeImportItem(ImportItem(info.path, info.references, info.deriver))
-        yield writeExportMarker(False)
+            yield from exportStream(infos, lambda _: _nextOf(stream))
 
 
-def _checked(info: ValidPathInfo, stream: Iterator[bytes | None]) -> Iterator[bytes]:
-    """
-    One NAR of several.
-
-    @raise StoreError: it is not the one that was registered; so that damage does not spread to other stores.
-    """
-    digest = hashlib.sha256()
+def _nextOf(stream: Iterator[bytes | None]) -> Iterator[bytes]:
+    """One NAR of several."""
     while (chunk := next(stream)) is not None:
-        digest.update(chunk)
         yield chunk
-    found = Hash("sha256", digest.digest())
-    if found != info.narHash:
-        raise StoreError(f"hash of path '{info.path}' has changed from '{info.narHash}' to '{found}'")

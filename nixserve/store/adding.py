@@ -39,15 +39,14 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import FormatError, NixServeError, StoreError
-from nixserve.store.api import Busy, InvalidPath, PathWriter
+from nixserve.store.api import Busy, PathWriter, requireValid
 from nixserve.store.contents import (
-    DrainingWriter,
     checkContentAddress,
+    checkMore,
     checkNar,
     checkNewInfo,
     derivationOutputs,
     readDerivation,
-    sizeMismatch,
 )
 from nixserve.store.drvhashes import DerivationMemo, DrvHashes
 from nixserve.store.fileerrors import fileSystemErrors
@@ -58,6 +57,7 @@ from nixserve.store.restoring import PathRestorer, restoreNar
 from nixserve.store.roots import TempRoots
 from nixserve.store.uploads import Uploads, UploadWait
 from nixserve.store.validpaths import Outputs, ValidPaths
+from nixserve.store.writers import DrainingWriter, ObjectWriter
 
 __all__ = ["MAX_BATCH", "Adder", "LocalImportWriter", "LocalPathWriter"]
 
@@ -235,8 +235,7 @@ class Adder:
         """
         checkNar(info, hashBytes("sha256", nar), len(nar))
         checkContentAddress(info, lambda: [nar])
-        for missing in sorted(info.references.difference(valid, [info.path])):
-            raise InvalidPath(missing)
+        requireValid(info.references - {info.path}, valid)
         real = self.layout.realPath(info.path)
         vacate(real)
         restoreNar(real, nar)
@@ -343,8 +342,7 @@ class Adder:
         # The hash of one depends on those that it refers to: better "not valid" than "no such file".
         others = {path for info in drvs for path in info.references}.difference(info.path for info in infos)
         if others:
-            for missing in sorted(others - self._validPaths.queryValidPaths(others)):
-                raise InvalidPath(missing)
+            requireValid(others, self._validPaths.queryValidPaths(others))
         outputs = {
             info.path: derivationOutputs(info.path, self._lookup, self.layout.storeDir, self._memo) for info in drvs
         }
@@ -363,24 +361,18 @@ class Adder:
         self._validPaths.registerValidPaths(infos, outputs)
         self.registered = True
 
-    def requireUnfinished(self, writer: LocalPathWriter | LocalImportWriter) -> None:
-        """
-        @raise StoreError: it was finished or aborted, perhaps by the end of the session: its lock is gone.
-        """
-        if writer not in self.unfinished:
-            raise StoreError("adding this object to the store has ended already")
-
     def _lookup(self, path: StorePath) -> Derivation:
         """A derivation on disk, valid or not: its referrer cannot be registered if it is not."""
         return readDerivation(path, dumpPath(self.layout.realPath(path)), self.layout.storeDir)
 
 
-class _Writer:
+class _Writer(ObjectWriter):
     """
     An object on its way. It holds no lock but that of the place where it is restored.
     """
 
     def __init__(self, adder: Adder, place: str, restorer: PathRestorer) -> None:
+        super().__init__()
         self._adder = adder
         self._place: str | None = place
         self._restorer = restorer
@@ -392,8 +384,8 @@ class _Writer:
         """Bytes that have come."""
         return self._restorer.narSize
 
-    def abort(self) -> None:
-        """Give up. What has no name yet is removed; what has its own stays, without a row."""
+    def _free(self) -> None:
+        """What has no name yet is removed; what has its own stays, without a row if it was not finished."""
         self._adder.unfinished.discard(self)
         self._restorer.abort()
         if self._place is not None:
@@ -422,13 +414,11 @@ class _Writer:
         if self._place is not None:
             self._lock = self._adder.lockInvalid(info.path)
             if self._lock is None:
-                self.abort()
                 return
             self._rename(self._place, self._adder.layout.realPath(info.path))
             self._adder.writeOut([info.path])
         assert self._lock is not None, "it has been taken before the object got its name"
         self._adder.register(info)
-        self._adder.unfinished.discard(self)
         self._lock.unlock()
 
     def _rename(self, place: str, target: str) -> None:
@@ -453,23 +443,6 @@ class LocalPathWriter(_Writer):
         super().__init__(adder, place, restorer)
         self._info = info
 
-    def feed(self, data: bytes) -> None:
-        """
-        Take the next bytes of the NAR.
-
-        @raise FormatError: this is no NAR.
-        @raise StoreError: more bytes than announced, the file system refuses, or the writer has ended.
-        """
-        try:
-            size = self._restorer.narSize + len(data)
-            # What follows a complete NAR would be kept in memory: the restorer leaves it to its owner.
-            if size > self._info.narSize or (self._restorer.finished and data):
-                raise sizeMismatch(self._info, size)
-            self._restorer.feed(data)
-        except BaseException:
-            self.abort()
-            raise
-
     def finish(self) -> None:
         """
         Steps 5 to 10.
@@ -479,23 +452,20 @@ class LocalPathWriter(_Writer):
         @raise FormatError: the NAR is not complete.
         @raise StoreError: something does not match, or a reference is not valid.
         """
-        try:
-            self._adder.requireUnfinished(self)
+        with self._working(isLast=True):
             if not self._restored:
                 self._check(self._restore())
                 self._restored = True
             self._install(self._info)
-        except Busy:
-            raise
-        except BaseException:
-            self.abort()
-            raise
-        self._adder.uploads.end(self._info.path, self)
 
-    def abort(self) -> None:
-        """As L{_Writer.abort}."""
+    def _take(self, data: bytes) -> None:
+        # What follows a complete NAR would be kept in memory: the restorer leaves it to its owner.
+        checkMore(self._info, self._restorer.narSize, self._restorer.finished, data)
+        self._restorer.feed(data)
+
+    def _free(self) -> None:
         self._adder.uploads.end(self._info.path, self)
-        super().abort()
+        super()._free()
 
     def _check(self, place: str) -> None:
         checkNar(self._info, self._restorer.narHash, self._restorer.narSize)
@@ -507,21 +477,6 @@ class LocalImportWriter(_Writer):
     L{nixserve.store.api.ImportWriter}.
     """
 
-    def feed(self, data: bytes) -> None:
-        """
-        Take the next bytes of the NAR.
-
-        @raise FormatError: this is no NAR.
-        @raise StoreError: the file system refuses, or the writer has ended.
-        """
-        try:
-            if self._restorer.finished and data:
-                raise FormatError("bad archive: data after its end", offset=self._restorer.narSize)
-            self._restorer.feed(data)
-        except BaseException:
-            self.abort()
-            raise
-
     def finish(self, path: StorePath, references: Collection[StorePath], deriver: StorePath | None) -> None:
         """
         Steps 2 to 10 for an object that is there, but for its name. No hash was announced, so none is compared.
@@ -531,16 +486,15 @@ class LocalImportWriter(_Writer):
         @raise FormatError: the NAR is not complete.
         @raise StoreError: a reference is not valid.
         """
-        try:
-            self._adder.requireUnfinished(self)
+        with self._working(isLast=True):
             if not self._restored:
                 self._restore()
                 self._restored = True
             restorer = self._restorer
             restorer.checkPaths(self._adder.layout.realPath(path))
             self._install(ValidPathInfo(path, restorer.narHash, restorer.narSize, frozenset(references), deriver))
-        except Busy:
-            raise
-        except BaseException:
-            self.abort()
-            raise
+
+    def _take(self, data: bytes) -> None:
+        if self._restorer.finished and data:
+            raise FormatError("bad archive: data after its end", offset=self._restorer.narSize)
+        self._restorer.feed(data)

@@ -15,8 +15,10 @@ Threads: any method may be called from any thread; calls on one session (and wha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Protocol
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, Derivation, drvPathOf, unparse
@@ -27,7 +29,20 @@ from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError
 from nixserve.store.contents import readDerivation
 
-__all__ = ["Busy", "ImportWriter", "InvalidPath", "PathWriter", "Store", "StoreSession", "addWhole"]
+__all__ = [
+    "Busy",
+    "Closable",
+    "ImportWriter",
+    "InvalidPath",
+    "OpenSessions",
+    "PathWriter",
+    "Store",
+    "StoreSession",
+    "addWhole",
+    "requireValid",
+]
+
+S = TypeVar("S")
 
 
 class Busy(StoreError):
@@ -263,3 +278,96 @@ def addWhole(session: StoreSession, info: ValidPathInfo, nar: bytes) -> None:
     except BaseException:
         writer.abort()
         raise
+
+
+# --- what is the same in every implementation -------------------------------------------------------------
+
+
+def requireValid(paths: Collection[StorePath], valid: Collection[StorePath]) -> None:
+    """
+    @raise InvalidPath: one of C{paths} is not among those that are valid; the first of them in order.
+    """
+    if missing := set(paths).difference(valid):
+        # Not by sorting: nothing else runs until a million of them are sorted.
+        raise InvalidPath(min(missing))
+
+
+class Closable(ABC):
+    """
+    A session, or what one stands on.
+    """
+
+    def __init__(self, onClose: Callable[[Any], None]) -> None:
+        """
+        @param onClose: called with this when it has freed everything, or could not.
+        """
+        self._onClose = onClose
+        self._closed = False
+
+    def requireOpen(self) -> None:
+        """
+        @raise StoreError: the session is closed.
+        """
+        if self._closed:
+            raise StoreError("the session is closed")
+
+    def close(self) -> None:
+        """See L{StoreSession.close}."""
+        if not self._closed:
+            self._closed = True
+            try:
+                self._free()
+            finally:
+                self._onClose(self)
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Let go of everything. Called once."""
+
+
+class OpenSessions(Generic[S]):
+    """
+    The open sessions of a store. From any thread.
+    """
+
+    def __init__(self, store: str = "the store") -> None:
+        """
+        @param store: what it is called when it is closed.
+        """
+        self._store = store
+        self._closed = False
+        self._sessions: set[S] = set()
+        # Guards the two above; never held during I/O.
+        self._mutex = threading.Lock()
+
+    def open(self, session: Callable[[], S]) -> S:
+        """
+        @param session: makes one.
+        @raise StoreError: the store is closed.
+        """
+        with self._mutex:
+            if self._closed:
+                raise StoreError(f"{self._store} is closed")
+            opened = session()
+            self._sessions.add(opened)
+        return opened
+
+    def forget(self, session: S) -> None:
+        """It is closed."""
+        with self._mutex:
+            self._sessions.discard(session)
+
+    def all(self) -> list[S]:
+        """Those that are open."""
+        with self._mutex:
+            return list(self._sessions)
+
+    def end(self) -> list[S]:
+        """
+        Open no more.
+
+        @return: those to be closed.
+        """
+        with self._mutex:
+            self._closed = True
+            return list(self._sessions)

@@ -1,6 +1,6 @@
 """
-What must be true of an object before it is registered, in any implementation of the store: what is said about it, and
-what its contents say.
+What must be true of an object before it is registered, and when it is exported, in any implementation of the store:
+what is said about it, and what its contents say.
 
 Contents come as the NAR of the object in chunks, from wherever. Nothing here blocks but through their iterator.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Final
 
 from nixserve.codec.contentaddress import ContentAddressMethod
@@ -23,7 +23,8 @@ from nixserve.codec.derivation import (
 )
 from nixserve.codec.hashes import Hash
 from nixserve.codec.nar import Contents, Directory, EndDirectory, Event, NarParser, Regular
-from nixserve.codec.pathinfo import Signature, ValidPathInfo
+from nixserve.codec.pathinfo import Signature, ValidPathInfo, topoSort
+from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
 from nixserve.codec.storepath import HASH_PART_LENGTH, MAX_NAME_LENGTH, StoreDir, StorePath
 from nixserve.errors import FormatError, StoreError
 from nixserve.store.drvhashes import DerivationMemo, FindingHashes
@@ -33,17 +34,19 @@ __all__ = [
     "MAX_DERIVATION_SIZE",
     "MAX_PATH_SIZE",
     "MAX_SELF_REFERENCES",
-    "DrainingWriter",
     "HashModulo",
     "Intake",
     "PathTooLong",
     "checkContentAddress",
+    "checkMore",
     "checkNar",
     "checkNewInfo",
     "checkPathSize",
     "checkRegistrable",
     "derivationOutputs",
+    "exportStream",
     "readDerivation",
+    "referencesFirst",
     "sizeMismatch",
 ]
 
@@ -168,36 +171,6 @@ class HashModulo:
         return Hash(self._algo, self._digest.digest())
 
 
-class DrainingWriter:
-    """
-    A L{nixserve.store.api.PathWriter} for a path that is valid already: its NAR is counted and dropped.
-    """
-
-    alreadyValid = True
-
-    def __init__(self, info: ValidPathInfo) -> None:
-        self._info = info
-        self._size = 0
-
-    def feed(self, data: bytes) -> None:
-        """
-        @raise StoreError: more bytes than C{narSize}.
-        """
-        self._size += len(data)
-        if self._size > self._info.narSize:
-            raise sizeMismatch(self._info, self._size)
-
-    def finish(self) -> None:
-        """
-        @raise StoreError: fewer bytes than C{narSize}.
-        """
-        if self._size != self._info.narSize:
-            raise sizeMismatch(self._info, self._size)
-
-    def abort(self) -> None:
-        """Nothing to give up."""
-
-
 def checkPathSize(size: int, path: bytes) -> None:
     """
     Every file of an object must have a path that the kernel takes: Nix's collector and its verification work with whole
@@ -262,6 +235,17 @@ def sizeMismatch(info: ValidPathInfo, narSize: int) -> StoreError:
     @return: the error that says so.
     """
     return StoreError(f"size mismatch importing path '{info.path}'; wanted: {info.narSize}, got: {narSize}")
+
+
+def checkMore(info: ValidPathInfo, size: int, isComplete: bool, more: bytes) -> None:
+    """
+    @param size: bytes of the NAR that have come.
+    @param isComplete: whether they are a whole one.
+    @param more: what comes now.
+    @raise StoreError: that is more than was announced, or follows a NAR that is complete.
+    """
+    if size + len(more) > info.narSize or (isComplete and more):
+        raise sizeMismatch(info, size + len(more))
 
 
 def checkContentAddress(info: ValidPathInfo, dump: Callable[[], Iterable[bytes]]) -> None:
@@ -350,3 +334,34 @@ def _fileContents(path: StorePath, dump: Iterable[bytes]) -> Iterator[bytes | me
             else:
                 raise StoreError(f"path '{path}' is not a regular file without execute permission")
     parser.close()
+
+
+# --- objects on their way out -----------------------------------------------------------------------------
+
+
+def referencesFirst(infos: Mapping[StorePath, ValidPathInfo]) -> list[ValidPathInfo]:
+    """The order of an export stream."""
+    return [infos[path] for path in topoSort({path: info.references for path, info in infos.items()})]
+
+
+def exportStream(
+    infos: Iterable[ValidPathInfo], dump: Callable[[ValidPathInfo], Iterable[bytes]]
+) -> Generator[bytes, None, None]:
+    """
+    The stream of L{nixserve.store.api.StoreSession.exportPaths}.
+
+    @param infos: as L{referencesFirst} orders them.
+    @param dump: gives the NAR of one; called for each in its turn.
+    @raise StoreError: a NAR is not the one that was registered; so that damage does not spread to other stores.
+    """
+    for info in infos:
+        yield writeExportMarker(True)
+        digest = hashlib.sha256()
+        for chunk in dump(info):
+            digest.update(chunk)
+            yield chunk
+        found = Hash("sha256", digest.digest())
+        if found != info.narHash:
+            raise StoreError(f"hash of path '{info.path}' has changed from '{info.narHash}' to '{found}'")
+        yield writeImportItem(ImportItem(info.path, info.references, info.deriver))
+    yield writeExportMarker(False)

@@ -9,19 +9,25 @@ only their form: who may add what is a matter of policy.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import threading
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 
-from nixserve.codec.hashes import Hash
-from nixserve.codec.pathinfo import ValidPathInfo, topoSort
-from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
+from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError
 from nixserve.store.adding import Adder
-from nixserve.store.api import ImportWriter, InvalidPath, PathWriter, StoreSession, addWhole
+from nixserve.store.api import (
+    Closable,
+    ImportWriter,
+    InvalidPath,
+    OpenSessions,
+    PathWriter,
+    StoreSession,
+    addWhole,
+    requireValid,
+)
+from nixserve.store.contents import exportStream, referencesFirst
 from nixserve.store.database import Database
 from nixserve.store.drvhashes import DrvHashes
 from nixserve.store.files import dumpPath
@@ -61,10 +67,7 @@ class LocalStore:
         self.validPaths = ValidPaths(self.database, layout.storeDir)
         self._uploads = Uploads()
         self._drvHashes = DrvHashes()
-        self._closed = False
-        self._sessions: set[LocalSession] = set()
-        # Guards the two above; never held during I/O.
-        self._mutex = threading.Lock()
+        self._sessions = OpenSessions[LocalSession](f"the store in '{layout.stateDir}'")
 
     @property
     def storeDir(self) -> StoreDir:
@@ -76,29 +79,19 @@ class LocalStore:
         @return: a new session. It opens nothing before it needs it.
         @raise StoreError: the store is closed.
         """
-        with self._mutex:
-            if self._closed:
-                raise StoreError(f"the store in '{self.layout.stateDir}' is closed")
-            session = LocalSession(self.layout, self.validPaths, self._uploads, self._drvHashes, self._forget)
-            self._sessions.add(session)
-        return session
+        return self._sessions.open(
+            lambda: LocalSession(self.layout, self.validPaths, self._uploads, self._drvHashes, self._sessions.forget)
+        )
 
     def close(self) -> None:
         """Close every session, then the database. Safe to call twice."""
-        with self._mutex:
-            self._closed = True
-            sessions = list(self._sessions)
         with contextlib.ExitStack() as stack:
             stack.callback(self.database.close)
-            for session in sessions:
+            for session in self._sessions.end():
                 stack.callback(session.close)
 
-    def _forget(self, session: LocalSession) -> None:
-        with self._mutex:
-            self._sessions.discard(session)
 
-
-class LocalSession(StoreSession):
+class LocalSession(Closable, StoreSession):
     """
     L{nixserve.store.api.StoreSession} of a L{LocalStore}.
 
@@ -116,12 +109,11 @@ class LocalSession(StoreSession):
         """
         @param uploads: what all sessions of the store are being sent.
         @param drvHashes: what they have found out about derivations.
-        @param onClose: called once, when everything has been freed.
+        @param onClose: see L{Closable}.
         """
+        super().__init__(onClose)
         self._layout = layout
         self._validPaths = validPaths
-        self._onClose = onClose
-        self._closed = False
         self._roots = TempRoots(layout, self._isInDanger)
         self._adder = Adder(layout, validPaths, self._roots, uploads, drvHashes)
         self._streams: weakref.WeakSet[Generator[bytes, None, None]] = weakref.WeakSet()
@@ -142,17 +134,17 @@ class LocalSession(StoreSession):
 
     def queryValidPaths(self, paths: Collection[StorePath]) -> set[StorePath]:
         """See L{nixserve.store.api.StoreSession.queryValidPaths}."""
-        self._requireOpen()
+        self.requireOpen()
         return self._validPaths.queryValidPaths(paths)
 
     def queryPathInfos(self, paths: Collection[StorePath]) -> dict[StorePath, ValidPathInfo]:
         """See L{nixserve.store.api.StoreSession.queryPathInfos}. In the order of C{paths}."""
-        self._requireOpen()
+        self.requireOpen()
         return self._validPaths.queryPathInfos(paths)
 
     def queryClosure(self, paths: Collection[StorePath], includeOutputs: bool = False) -> set[StorePath]:
         """See L{nixserve.store.api.StoreSession.queryClosure}."""
-        self._requireOpen()
+        self.requireOpen()
         return self._validPaths.queryClosure(paths, includeOutputs)
 
     def narFromPath(self, path: StorePath) -> Iterator[bytes]:
@@ -164,7 +156,7 @@ class LocalSession(StoreSession):
 
     def narsFromPaths(self, paths: Sequence[StorePath]) -> Iterator[bytes]:
         """See L{nixserve.store.api.StoreSession.narsFromPaths}, and L{narFromPath} on roots."""
-        self._requireOpen()
+        self.requireOpen()
         valid = self._validPaths.queryValidPaths(paths)
         if not valid.issuperset(paths[:1]):
             raise InvalidPath(paths[0])
@@ -173,10 +165,8 @@ class LocalSession(StoreSession):
     def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
         """See L{nixserve.store.api.StoreSession.exportPaths}."""
         infos = self.queryPathInfos(paths)
-        if missing := set(paths) - infos.keys():
-            raise InvalidPath(min(missing))
-        order = topoSort({path: info.references for path, info in infos.items()})
-        return self._guard(self._export([infos[path] for path in order]))
+        requireValid(paths, infos)
+        return self._guard(exportStream(referencesFirst(infos), lambda info: self._dumpOne(info.path)))
 
     def addToStore(self, info: ValidPathInfo) -> PathWriter:
         """
@@ -249,16 +239,12 @@ class LocalSession(StoreSession):
         self._requireWritable()
         return self._adder.importPath()
 
-    def close(self) -> None:
+    def _free(self) -> None:
         """
-        Free everything. What goes wrong with one thing does not keep the others. What the session registered is on the
-        disk then, as after the end of a C{nix-store --serve}.
+        What goes wrong with one thing does not keep the others. What the session registered is on the disk then, as
+        after the end of a C{nix-store --serve}.
         """
-        if self._closed:
-            return
-        self._closed = True
         with contextlib.ExitStack() as stack:
-            stack.callback(self._onClose, self)
             if self._adder.registered:
                 stack.callback(self._validPaths.sync)
             stack.callback(self._roots.close)
@@ -268,12 +254,8 @@ class LocalSession(StoreSession):
             for stream in list(self._streams):
                 stack.callback(stream.close)
 
-    def _requireOpen(self) -> None:
-        if self._closed:
-            raise StoreError("the session is closed")
-
     def _requireWritable(self) -> None:
-        self._requireOpen()
+        self.requireOpen()
         if self._layout.readOnly:
             raise StoreError(f"the store in '{self._layout.stateDir}' is opened read-only")
 
@@ -293,24 +275,13 @@ class LocalSession(StoreSession):
         for chunk in stream:  # noqa: UP028
             yield chunk
         # The end of the session closes a stream, which here looks like its end.
-        self._requireOpen()
+        self.requireOpen()
 
     def _dump(self, paths: Sequence[StorePath], valid: Collection[StorePath]) -> Generator[bytes, None, None]:
         for path in paths:
             if path not in valid:
                 raise InvalidPath(path)
-            yield from dumpPath(self._layout.realPath(path))
+            yield from self._dumpOne(path)
 
-    def _export(self, infos: list[ValidPathInfo]) -> Generator[bytes, None, None]:
-        for info in infos:
-            yield writeExportMarker(True)
-            digest = hashlib.sha256()
-            for chunk in dumpPath(self._layout.realPath(info.path)):
-                digest.update(chunk)
-                yield chunk
-            found = Hash("sha256", digest.digest())
-            if found != info.narHash:
-                # So that damage does not spread to other stores.
-                raise StoreError(f"hash of path '{info.path}' has changed from '{info.narHash}' to '{found}'")
-            yield writeImportItem(ImportItem(info.path, info.references, info.deriver))
-        yield writeExportMarker(False)
+    def _dumpOne(self, path: StorePath) -> Iterator[bytes]:
+        return dumpPath(self._layout.realPath(path))

@@ -9,27 +9,38 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nixserve.codec.derivation import Derivation
 from nixserve.codec.nar import MAX_CHUNK
-from nixserve.codec.pathinfo import ValidPathInfo, topoSort
-from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
+from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
-from nixserve.errors import NixServeError, StoreError
-from nixserve.store.api import Busy, ImportWriter, InvalidPath, PathWriter, StoreSession, addWhole
+from nixserve.errors import NixServeError
+from nixserve.store.api import (
+    Busy,
+    Closable,
+    ImportWriter,
+    InvalidPath,
+    OpenSessions,
+    PathWriter,
+    StoreSession,
+    addWhole,
+    requireValid,
+)
 from nixserve.store.contents import (
-    DrainingWriter,
     Intake,
     checkContentAddress,
+    checkMore,
     checkNar,
     checkNewInfo,
     derivationOutputs,
+    exportStream,
     readDerivation,
-    sizeMismatch,
+    referencesFirst,
 )
 from nixserve.store.drvhashes import DerivationMemo
+from nixserve.store.writers import DrainingWriter, ObjectWriter
 
 __all__ = ["MemorySession", "MemoryStore"]
 
@@ -52,12 +63,11 @@ class MemoryStore:
 
     def __init__(self, storeDir: StoreDir | None = None) -> None:
         self._storeDir = storeDir or StoreDir()
-        self._closed = False
         self._objects: dict[StorePath, _Object] = {}
-        self._sessions: set[MemorySession] = set()
+        self._sessions = OpenSessions[MemorySession]()
         self._locks: dict[StorePath, MemorySession] = {}
         self._memo = DerivationMemo()
-        # Guards all of the above. Nothing slow happens under it.
+        # Guards objects and locks. Nothing slow happens under it.
         self._mutex = threading.RLock()
 
     @property
@@ -70,19 +80,12 @@ class MemoryStore:
         @return: a new session.
         @raise StoreError: the store is closed.
         """
-        with self._mutex:
-            if self._closed:
-                raise StoreError("the store is closed")
-            session = MemorySession(self)
-            self._sessions.add(session)
-            return session
+        return self._sessions.open(lambda: MemorySession(self, self._sessions.forget))
 
     def close(self) -> None:
         """Close every session. Safe to call twice."""
-        with self._mutex:
-            self._closed = True
-            for session in list(self._sessions):
-                session.close()
+        for session in self._sessions.end():
+            session.close()
 
     def collectGarbage(self) -> set[StorePath]:
         """
@@ -91,7 +94,7 @@ class MemoryStore:
         @return: what was dropped.
         """
         with self._mutex:
-            roots = {path for session in self._sessions for path in session.roots}
+            roots = {path for session in self._sessions.all() for path in session.roots}
             live = self.closure(roots & self._objects.keys(), False)
             dead = self._objects.keys() - live
             for path in dead:
@@ -154,30 +157,28 @@ class MemoryStore:
                 return readDerivation(path, [data], self._storeDir)
 
             outputs = derivationOutputs(info.path, lookup, self._storeDir, self._memo)
-            for reference in sorted(info.references - {info.path} - self._objects.keys()):
-                raise InvalidPath(reference)
+            requireValid(info.references - {info.path}, self._objects)
             info = replace(info, registrationTime=info.registrationTime or int(time.time()))
             self._objects[info.path] = _Object(info, nar, outputs)
 
-    def forget(self, session: MemorySession) -> None:
-        """The session is closed."""
+    def unlockAll(self, session: MemorySession) -> None:
+        """Unlock what C{session} holds."""
         with self._mutex:
-            self._sessions.discard(session)
             for path in [path for path, holder in self._locks.items() if holder is session]:
                 del self._locks[path]
 
 
-class MemorySession(StoreSession):
+class MemorySession(Closable, StoreSession):
     """
     L{nixserve.store.api.StoreSession} of a L{MemoryStore}.
 
     @ivar roots: what it keeps from being collected.
     """
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, store: MemoryStore, onClose: Callable[[MemorySession], None]) -> None:
+        super().__init__(onClose)
         self.roots: set[StorePath] = set()
         self._store = store
-        self._closed = False
 
     @property
     def storeDir(self) -> StoreDir:
@@ -216,8 +217,8 @@ class MemorySession(StoreSession):
     def exportPaths(self, paths: Collection[StorePath]) -> Iterator[bytes]:
         """See L{nixserve.store.api.StoreSession.exportPaths}."""
         objects = self._require(paths)
-        order = topoSort({path: entry.info.references for path, entry in objects.items()})
-        return self._export([objects[path] for path in order])
+        infos = {path: entry.info for path, entry in objects.items()}
+        return exportStream(referencesFirst(infos), lambda info: self._chunks(objects[info.path].nar))
 
     def addToStore(self, info: ValidPathInfo) -> PathWriter:
         """
@@ -245,26 +246,16 @@ class MemorySession(StoreSession):
         self.requireOpen()
         return _ImportWriter(self._store, self)
 
-    def close(self) -> None:
-        """Give up roots and locks. What is unfinished fails from now on."""
-        if not self._closed:
-            self._closed = True
-            self.roots.clear()
-            self._store.forget(self)
-
-    def requireOpen(self) -> None:
-        """
-        @raise StoreError: the session is closed.
-        """
-        if self._closed:
-            raise StoreError("the session is closed")
+    def _free(self) -> None:
+        """What is unfinished fails from now on."""
+        self.roots.clear()
+        self._store.unlockAll(self)
 
     def _require(self, paths: Collection[StorePath]) -> dict[StorePath, _Object]:
         """The objects of C{paths}, all of which must be valid."""
         self.requireOpen()
         objects = self._store.lookUp(paths)
-        for path in sorted(set(paths) - objects.keys()):
-            raise InvalidPath(path)
+        requireValid(paths, objects)
         return objects
 
     def _chunks(self, nar: bytes) -> Iterator[bytes]:
@@ -277,14 +268,6 @@ class MemorySession(StoreSession):
             if path not in objects:
                 raise InvalidPath(path)
             yield from self._chunks(objects[path].nar)
-
-    def _export(self, objects: list[_Object]) -> Iterator[bytes]:
-        for entry in objects:
-            info = entry.info
-            yield writeExportMarker(True)
-            yield from self._chunks(entry.nar)
-            yield writeImportItem(ImportItem(info.path, info.references, info.deriver))
-        yield writeExportMarker(False)
 
 
 class _Buffer(Intake):
@@ -304,91 +287,63 @@ class _Buffer(Intake):
         """All that came."""
         return b"".join(self._pieces)
 
+    def forget(self) -> None:
+        """Keep nothing of it."""
+        self._pieces.clear()
 
-class _PathWriter:
+
+class _PathWriter(ObjectWriter):
     """L{nixserve.store.api.PathWriter} of a path that is not valid yet."""
 
     alreadyValid = False
 
     def __init__(self, store: MemoryStore, session: MemorySession, info: ValidPathInfo) -> None:
+        super().__init__(session.requireOpen)
         self._store = store
         self._session = session
         self._info = info
-        self._buffer: _Buffer | None = _Buffer(info.narSize)
-
-    def feed(self, data: bytes) -> None:
-        """See L{nixserve.store.api.PathWriter.feed}."""
-        try:
-            buffer = _requireBuffer(self._session, self._buffer)
-            size = buffer.size + len(data)
-            if size > self._info.narSize or (buffer.finished and data):
-                raise sizeMismatch(self._info, size)
-            buffer.feed(data)
-        except BaseException:
-            self.abort()
-            raise
+        self._buffer = _Buffer(info.narSize)
 
     def finish(self) -> None:
         """See L{nixserve.store.api.PathWriter.finish}."""
-        try:
-            buffer = _requireBuffer(self._session, self._buffer)
-            narHash, nar = buffer.finish(), buffer.nar
-            checkNar(self._info, narHash, buffer.size)
+        with self._working(isLast=True):
+            narHash, nar = self._buffer.finish(), self._buffer.nar
+            checkNar(self._info, narHash, self._buffer.size)
             checkContentAddress(self._info, lambda: [nar])
             self._store.register(self._info, nar)
-        finally:
-            self.abort()
 
-    def abort(self) -> None:
-        """Forget what came, and unlock."""
-        self._buffer = None
+    def _take(self, data: bytes) -> None:
+        checkMore(self._info, self._buffer.size, self._buffer.finished, data)
+        self._buffer.feed(data)
+
+    def _free(self) -> None:
+        self._buffer.forget()
         self._store.unlock(self._info.path, self._session)
 
 
-class _ImportWriter:
+class _ImportWriter(ObjectWriter):
     """L{nixserve.store.api.ImportWriter}."""
 
     def __init__(self, store: MemoryStore, session: MemorySession) -> None:
+        super().__init__(session.requireOpen)
         self._store = store
         self._session = session
-        self._buffer: _Buffer | None = _Buffer()
-
-    def feed(self, data: bytes) -> None:
-        """See L{nixserve.store.api.ImportWriter.feed}."""
-        try:
-            _requireBuffer(self._session, self._buffer).feed(data)
-        except BaseException:
-            self.abort()
-            raise
+        self._buffer = _Buffer()
 
     def finish(self, path: StorePath, references: Collection[StorePath], deriver: StorePath | None) -> None:
         """See L{nixserve.store.api.ImportWriter.finish}."""
-        try:
-            buffer = _requireBuffer(self._session, self._buffer)
-            narHash, nar = buffer.finish(), buffer.nar
+        with self._working(isLast=True):
+            narHash, nar = self._buffer.finish(), self._buffer.nar
             self._session.addTempRoots([path])
             if self._store.lock(path, self._session):
+                info = ValidPathInfo(path, narHash, self._buffer.size, frozenset(references), deriver)
                 try:
-                    self._store.register(ValidPathInfo(path, narHash, buffer.size, frozenset(references), deriver), nar)
+                    self._store.register(info, nar)
                 finally:
                     self._store.unlock(path, self._session)
-        except Busy:
-            raise
-        except BaseException:
-            self.abort()
-            raise
-        self.abort()
 
-    def abort(self) -> None:
-        """Forget what came."""
-        self._buffer = None
+    def _take(self, data: bytes) -> None:
+        self._buffer.feed(data)
 
-
-def _requireBuffer(session: MemorySession, buffer: _Buffer | None) -> _Buffer:
-    """
-    @raise StoreError: the writer has ended, or its session has.
-    """
-    session.requireOpen()
-    if buffer is None:
-        raise StoreError("adding this object to the store has ended already")
-    return buffer
+    def _free(self) -> None:
+        self._buffer.forget()
