@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 
 from nixserve.builder import environment as environmentModule
-from nixserve.builder.drvoptions import DerivationOptions, OutputChecks
+from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.environment import builderEnvironment, outputRewrites
-from nixserve.builder.structuredattrs import parseStructuredAttrs, writeJSON
 from nixserve.codec.buildresult import BuildStatus
 from nixserve.codec.contentaddress import ContentAddress
-from nixserve.codec.derivation import BasicDerivation, DerivationOutput, parseDerivation
-from nixserve.codec.hashes import Hash, hashBytes
+from nixserve.codec.derivation import DerivationOutput, parseDerivation
+from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.resolution import outputPlaceholder
 from nixserve.codec.storepath import StoreDir, StorePath, outputPathName
 from nixserve.errors import BuildError
 from nixserve.store.api import InvalidPath
+from tests.builder.drvs import DEV, OUT, derivation, structured
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "builder"
 STORE_DIR = StoreDir("/tmp/nixserve-vectors/store")
@@ -98,21 +98,6 @@ def test_sameAsNix(case):
     # The first is the name of the builder.
     assert list(files.args) == seen["args"][1:]
     assert {name: data.decode() for name, data in files.files.items()} == seen["files"]
-
-
-OUT = StorePath("/nix/store/fcx9xzs072fd3nqwzb44vb5dl80vwhx1-leaf")
-DEV = StorePath("/nix/store/qczjas54a9hqfzzngs1ggix0sl4klq0c-leaf-dev")
-
-
-def derivation(env=None, outputs=None, args=()):
-    """A derivation with these environment variables."""
-    outputs = outputs or {"out": DerivationOutput(OUT)}
-    return BasicDerivation("leaf", outputs, frozenset(), "x86_64-linux", "/bin/sh", args, env or {})
-
-
-def structured(**attrs):
-    """A derivation with structured attributes."""
-    return derivation({"__json": json.dumps(attrs)})
 
 
 def environment(drv, **more):
@@ -221,56 +206,6 @@ def test_nestedGraphs():
     assert [item["path"] for item in described] == sorted(INPUTS.queryClosure([OUTER]))
 
 
-# Structured attributes.
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "1",
-        "{",
-        '{"a":NaN}',
-        '{"a":-Infinity}',
-        '{"a":1e999}',
-        '{"a":"\\ud800"}',
-        '{"a":"\udcff"}',
-        '{"a":"\n"}',
-        '{"a":1,}',
-        '{"a":1} x',
-        '{"a":' + 100_000 * "[",
-        '{"a":' + 20_000 * "9" + "}",
-    ],
-)
-def test_badJSON(text):
-    """What is no JSON object is an error of the build."""
-    with pytest.raises(BuildError, match="cannot process __json") as raised:
-        parseStructuredAttrs(text)
-    assert raised.value.status == BuildStatus.MISC_FAILURE
-
-
-def test_manyJSONValues():
-    """
-    There is a limit to values: reading is one call, during which nothing else of the server runs. Long texts are no
-    matter.
-    """
-    assert len(parseStructuredAttrs('{"a":[' + ",".join(200_000 * "1") + "]}")["a"]) == 200_000
-    assert len(parseStructuredAttrs('{"a":"' + 4_000_000 * "x" + '"}')["a"]) == 4_000_000
-    for value in ("1,", "[],", "{},"):
-        with pytest.raises(BuildError, match="more than 250000 values"):
-            parseStructuredAttrs('{"a":[' + 130_000 * value + 130_000 * value + "1]}")
-
-
-def test_longAttributes():
-    """An attribute that means something here is no longer than a variable of a process; others may be."""
-    text = 128 * 1024 * "x"
-    assert DerivationOptions.of(derivation({"passAsFile": text, "other": text + "x"})).passAsFile == {text}
-    for name in ("requiredSystemFeatures", "allowedReferences", "passAsFile", "impureEnvVars", "exportReferencesGraph"):
-        with pytest.raises(BuildError, match=f"'{name}' of derivation is longer than 131072 bytes"):
-            DerivationOptions.of(derivation({name: text + "x"}))
-
-
 @pytest.mark.parametrize("structured", [False, True])
 def test_manyGraphs(monkeypatch, structured):
     """All that is described to a builder is bounded, however often it asks, and can be given up at any time."""
@@ -288,145 +223,3 @@ def test_manyGraphs(monkeypatch, structured):
 
     with pytest.raises(BuildError, match="enough"):
         environment(derivation(env), proceed=giveUp, **arguments)
-
-
-def test_deepJSON():
-    """There is a limit to lists in lists; what keeps to it can be written again."""
-    text = '{"a":' + 99 * "[" + 99 * "]" + "}"
-    assert writeJSON(parseStructuredAttrs(text)) == text
-    with pytest.raises(BuildError, match="more than 100 levels deep"):
-        parseStructuredAttrs('{"a":' + 100 * "[" + 100 * "]" + "}")
-
-
-# Options.
-
-
-def test_defaults():
-    """What a derivation that says nothing wants."""
-    assert DerivationOptions.of(derivation()) == DerivationOptions(
-        outputChecks={"out": OutputChecks(ignoreSelfRefs=True)}
-    )
-
-
-def test_optionsInEnvironment():
-    """Words in the environment: lists of words, and C{1} for true."""
-    options = DerivationOptions.of(
-        derivation(
-            {
-                "requiredSystemFeatures": " kvm\n\tbig-parallel ",
-                "preferLocalBuild": "1",
-                "allowSubstitutes": "",
-                "__noChroot": "true",
-                "impureEnvVars": "b a",
-                "passAsFile": "x y",
-                "allowedReferences": "",
-                "disallowedReferences": f"out {OUT}",
-                "disallowedRequisites": "dev",
-                "exportReferencesGraph": "a /x b /y",
-                "outputChecks": "ignored",
-                "unsafeDiscardReferences": "ignored",
-                "maxSize": "ignored",
-            }
-        )
-    )
-    assert options == DerivationOptions(
-        structuredAttrs=None,
-        requiredSystemFeatures=frozenset({"kvm", "big-parallel"}),
-        preferLocalBuild=True,
-        allowSubstitutes=False,
-        noChroot=False,
-        impureEnvVars=("b", "a"),
-        passAsFile=frozenset({"x", "y"}),
-        exportReferencesGraph={"a": ("/x",), "b": ("/y",)},
-        outputChecks={
-            "out": OutputChecks(
-                allowedReferences=frozenset(),
-                allowedRequisites=None,
-                disallowedReferences=frozenset({"out", OUT}),
-                disallowedRequisites=frozenset({"dev"}),
-                ignoreSelfRefs=True,
-            )
-        },
-    )
-
-
-def test_optionsInJSON():
-    """The same among structured attributes, where checks are separate for each output."""
-    attrs = {
-        "requiredSystemFeatures": ["kvm"],
-        "preferLocalBuild": True,
-        "allowSubstitutes": False,
-        "__noChroot": True,
-        "impureEnvVars": ["a b"],
-        "passAsFile": ["ignored"],
-        "allowedReferences": ["ignored"],
-        "exportReferencesGraph": {"a": "/x", "b": ["/y", ["/z"]]},
-        "outputChecks": {
-            "out": {"allowedReferences": [], "maxSize": 10, "maxClosureSize": 20, "allowedRequisites": ["dev"]},
-            "other": {"maxSize": 1},
-        },
-        "unsafeDiscardReferences": {"out": True, "dev": False},
-    }
-    drv = derivation({"__json": json.dumps(attrs)}, {"out": DerivationOutput(OUT), "dev": DerivationOutput(DEV)})
-    options = DerivationOptions.of(drv)
-    assert options == DerivationOptions(
-        structuredAttrs=attrs,
-        requiredSystemFeatures=frozenset({"kvm"}),
-        preferLocalBuild=True,
-        allowSubstitutes=False,
-        noChroot=True,
-        impureEnvVars=("a b",),
-        exportReferencesGraph={"a": ("/x",), "b": ("/y", "/z")},
-        unsafeDiscardReferences=frozenset({"out"}),
-        outputChecks={
-            "out": OutputChecks(
-                allowedReferences=frozenset(), allowedRequisites=frozenset({"dev"}), maxSize=10, maxClosureSize=20
-            ),
-            "dev": OutputChecks(),
-        },
-    )
-
-
-@pytest.mark.parametrize("output", [(None, "r:sha256"), (None, "r:sha256", "impure"), (None,)])
-def test_unknownPathsNeedAFeature(output):
-    """Outputs whose path is not known need a machine that can do so."""
-    options = DerivationOptions.of(derivation(outputs={"out": DerivationOutput(*output)}))
-    assert options.requiredSystemFeatures == {"ca-derivations"}
-
-
-def test_fixedNeedsNoFeature():
-    """The path of a fixed output is known."""
-    output = DerivationOutput(OUT, "sha256", hashBytes("sha256", b"").hex)
-    assert DerivationOptions.of(derivation(outputs={"out": output})).requiredSystemFeatures == frozenset()
-
-
-@pytest.mark.parametrize(
-    ("attrs", "message"),
-    [
-        ({"preferLocalBuild": "1"}, "attribute 'preferLocalBuild' of derivation must be a Boolean"),
-        ({"allowSubstitutes": None}, "attribute 'allowSubstitutes' of derivation must be a Boolean"),
-        ({"impureEnvVars": "a"}, "attribute 'impureEnvVars' of derivation must be a list of strings"),
-        ({"requiredSystemFeatures": [1]}, "attribute 'requiredSystemFeatures' of derivation must be a list of strings"),
-        ({"outputChecks": []}, "attribute 'outputChecks' of derivation must be an object"),
-        ({"outputChecks": {"out": 1}}, "attribute 'outputChecks.out' of derivation must be an object"),
-        (
-            {"outputChecks": {"out": {"allowedReferences": "x"}}},
-            "attribute 'outputChecks.out.allowedReferences' of derivation must be a list of strings",
-        ),
-        (
-            {"outputChecks": {"out": {"maxSize": True}}},
-            "attribute 'outputChecks.out.maxSize' of derivation must be a number of bytes",
-        ),
-        ({"outputChecks": {"out": {"maxClosureSize": -1}}}, "must be a number of bytes"),
-        (
-            {"unsafeDiscardReferences": {"out": 1}},
-            "attribute 'unsafeDiscardReferences.out' of derivation must be a Boolean",
-        ),
-        ({"exportReferencesGraph": {"a": [1]}}, "attribute 'exportReferencesGraph' of derivation must be a list of"),
-    ],
-)
-def test_wrongTypes(attrs, message):
-    """A structured attribute of the wrong type is an error of the build that names it."""
-    with pytest.raises(BuildError, match=message) as raised:
-        DerivationOptions.of(structured(**attrs))
-    assert raised.value.status == BuildStatus.MISC_FAILURE

@@ -16,7 +16,6 @@ from nixserve.errors import RemoteProtocolError
 from nixserve.hook.aside import FIRST_PAUSE
 from nixserve.hook.choice import Refusal
 from nixserve.hook.conversation import HookLog
-from nixserve.hook.lastseen import LastSeen
 from nixserve.hook.machines import Machines
 from nixserve.hook.negotiation import RECENT_SECONDS, NixPipes, Taken
 from nixserve.hook.queue import WAITING_PER_SLOT
@@ -178,28 +177,6 @@ def test_queue(bench):
     places[0][1].leave()
     assert chooser.queue(QUESTION) is not None
     assert bench.chooser("a - - 9", system="x86_64-linux", max_jobs="1").queue(QUESTION) is None
-
-
-def test_clockSetBack(tmp_path):
-    """A machine that was seen in the future was not seen."""
-    now = [1000.0]
-    seen = LastSeen(str(tmp_path / "new"), lambda: now[0])
-    assert not seen.isSince(machine(), 0)
-    seen.worked(machine())
-    assert seen.isSince(machine(), 1000) and not seen.isSince(machine(), 1001)
-    now[0] = 900
-    assert not seen.isSince(machine(), 0)
-
-
-def test_seenFiles(tmp_path):
-    """Nobody else can say that a machine works."""
-    before = os.umask(0)
-    try:
-        LastSeen(str(tmp_path / "new"), lambda: 1000.0).worked(machine())
-    finally:
-        os.umask(before)
-    (file,) = (tmp_path / "new").iterdir()
-    assert [path.stat().st_mode & 0o777 for path in (file, file.parent)] == [0o600, 0o700]
 
 
 def test_refusalLines(bench):

@@ -332,3 +332,9 @@ class World:
 def pathOf(name):
     """Of a .drv."""
     return StorePath(derivation(name)[0])
+
+
+def feed(world, text, build=0):
+    """A builder writes, and the reactor hears of it."""
+    world.threads.running[build].log.feed(text)
+    world.settle()

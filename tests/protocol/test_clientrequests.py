@@ -4,7 +4,6 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone, ProcessDone, ProcessTerminated
 from twisted.internet.task import Clock
-from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 
 from nixserve.codec.messages import ImportItem
@@ -28,16 +27,6 @@ from tests.vectors.serve.messages import (
 )
 
 NARS = [nar(CONTENTS[LIB.path]), nar(CONTENTS[APP.path])]
-
-
-@pytest.fixture(autouse=True)
-def logged():
-    """No failure goes unhandled."""
-    events = []
-    globalLogPublisher.addObserver(events.append)
-    yield events
-    globalLogPublisher.removeObserver(events.append)
-    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
 
 
 # --- several paths --------------------------------------------------------------------------------------------

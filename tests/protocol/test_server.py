@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTerminated
-from twisted.logger import formatEvent, globalLogPublisher
+from twisted.logger import formatEvent
 
 from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo
@@ -35,16 +35,6 @@ from tests.vectors.serve.messages import (
 )
 
 CHUNK = bytes(256 * 1024)
-
-
-@pytest.fixture(autouse=True)
-def logged():
-    """The events of one test. A failure that nobody handled is in them too."""
-    events = []
-    globalLogPublisher.addObserver(events.append)
-    yield events
-    globalLogPublisher.removeObserver(events.append)
-    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
 
 
 # --- conversations ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
-from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
@@ -25,16 +24,6 @@ ANSWER = SERVER_MAGIC + wire(0x208)
 DRV_HASH = "sha256:" + "a1" * 32
 INTERRUPTED = "error: interrupted by the user\n"
 BUILDER = Policy(frozenset({Right.READ, Right.BUILD}))
-
-
-@pytest.fixture(autouse=True)
-def logged():
-    """The events of one test."""
-    events = []
-    globalLogPublisher.addObserver(events.append)
-    yield events
-    globalLogPublisher.removeObserver(events.append)
-    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
 
 
 class Server:

@@ -18,7 +18,7 @@ from nixserve.errors import UsageError
 from nixserve.remote import connecting
 from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
-from nixserve.remote.failures import MAX_SHOWN, CannotConnect, oneLine
+from nixserve.remote.failures import CannotConnect
 from tests.remote.children import ANSWER, ENVIRON, HELLO, child
 from tests.ssh.loopback import Server, sleep, until, within
 
@@ -120,16 +120,6 @@ async def test_cancel(tmp_path):
     with pytest.raises(CancelledError):
         await within(reactor, 10, attempt)
     assert not os.path.exists(f"/proc/{mark.read_text()}")
-
-
-def test_oneLine():
-    """Text of others is one line that no terminal obeys, and only so long."""
-    assert (
-        oneLine(b"@@@@\n@ WARNING! @\n@@@@\n\n a\tb \r\n\xff")
-        == "WARNING! a\N{REPLACEMENT CHARACTER}b \N{REPLACEMENT CHARACTER}"
-    )
-    long = oneLine(b"x" * 5000 + b"end")
-    assert len(long) == MAX_SHOWN + 1 and long.endswith("end")
 
 
 # SSH within this process

@@ -4,6 +4,7 @@ Stores to test on, each in a directory of its own, and the real C{nix-store}.
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from nixserve.store.database import Database
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
+from nixserve.store.opening import prepareDirectories
+from nixserve.store.validpaths import ValidPaths
 
 
 @pytest.fixture
@@ -81,3 +85,26 @@ def asNobody():
         assert done.returncode == 0, done.stderr
 
     return run
+
+
+@pytest.fixture
+def database(layout):
+    """That of the store in C{root}, open."""
+    prepareDirectories(layout, 0)
+    database = Database(layout)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def valid(database, layout):
+    """What is registered in it."""
+    return ValidPaths(database, layout.storeDir)
+
+
+@pytest.fixture
+def foreign(database, layout):
+    """A connection of another program."""
+    connection = sqlite3.connect(layout.dbPath, isolation_level=None)
+    yield connection
+    connection.close()

@@ -1,13 +1,11 @@
 """
-L{nixserve.store.opening}, L{nixserve.store.database} and L{nixserve.store.validpaths}: what Nix's own files hold.
+L{nixserve.store.database}: Nix's own file, of any age, and whoever else has it open.
 """
 
 import fcntl
-import grp
 import os
 import queue
 import sqlite3
-import stat
 import subprocess
 import threading
 import time
@@ -15,19 +13,14 @@ from dataclasses import replace
 
 import pytest
 
-from nixserve.codec.contentaddress import ContentAddress
-from nixserve.codec.storepath import StorePath
 from nixserve.errors import StoreError
 from nixserve.store import database as databaseModule
-from nixserve.store.api import Busy, InvalidPath
+from nixserve.store.api import Busy
 from nixserve.store.database import PATIENCE, Database
 from nixserve.store.local import LocalStore
-from nixserve.store.opening import RESERVED_SIZE, prepareDirectories
+from nixserve.store.opening import prepareDirectories
 from nixserve.store.validpaths import ValidPaths
-from nixserve.testing import makeInfo, makeNar
-
-HELLO = makeNar(b"hello\n")
-A, B, C, D = (makeInfo(name, HELLO) for name in "abcd")
+from tests.store.infos import A, B, C
 
 #: The tables of schema 8, of which Nix 1.11 made stores; those of 7 lacked two columns.
 SCHEMA_8 = """
@@ -69,106 +62,6 @@ def makeOld(layout, schema):
     connection.close()
     with open(layout.schemaPath, "w") as file:
         file.write(str(schema))
-
-
-@pytest.fixture
-def database(layout):
-    prepareDirectories(layout, 0)
-    database = Database(layout)
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def valid(database, layout):
-    return ValidPaths(database, layout.storeDir)
-
-
-@pytest.fixture
-def foreign(database, layout):
-    """A connection of another program."""
-    connection = sqlite3.connect(layout.dbPath, isolation_level=None)
-    yield connection
-    connection.close()
-
-
-# --- opening ----------------------------------------------------------------------------------------------
-
-
-def test_directories(layout):
-    """A new store has the directories and files of real Nix, with their modes."""
-    prepareDirectories(layout)
-    Database(layout).close()
-    state = layout.stateDir
-    for path in (state, layout.dbDir, layout.tempRootsDir, layout.gcRootsDir, layout.profilesDir, layout.linksDir):
-        assert stat.S_IMODE(os.lstat(path).st_mode) == 0o755, path
-    for path in (f"{layout.profilesDir}/per-user", f"{layout.gcRootsDir}/per-user"):
-        assert stat.S_IMODE(os.lstat(path).st_mode) == 0o755, path
-    assert os.readlink(f"{layout.gcRootsDir}/profiles") == layout.profilesDir
-    assert stat.S_IMODE(os.stat(layout.bigLockPath).st_mode) == 0o600
-    assert stat.S_IMODE(os.stat(layout.reservedPath).st_mode) == 0o600
-    assert os.path.getsize(layout.reservedPath) == RESERVED_SIZE
-    with open(layout.schemaPath, "rb") as file:
-        assert file.read() == b"10"
-    assert set(os.listdir(layout.dbDir)) == {"big-lock", "reserved", "schema", "db.sqlite"}
-
-
-def test_reserve(layout):
-    """The reserve that a collector has given up, or of another size, is made again."""
-    prepareDirectories(layout, 4096)
-    os.unlink(layout.reservedPath)
-    prepareDirectories(layout, 8192)
-    assert os.path.getsize(layout.reservedPath) == 8192
-    prepareDirectories(layout, 4096)
-    assert os.path.getsize(layout.reservedPath) == 4096
-
-
-def test_umask(layout):
-    """Directories for each user's roots can be read by all, whatever the umask."""
-    before = os.umask(0o077)
-    try:
-        prepareDirectories(layout, 0)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(os.stat(layout.profilesDir).st_mode) == 0o700
-    for path in (f"{layout.profilesDir}/per-user", f"{layout.gcRootsDir}/per-user"):
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o755
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give the directory away")
-def test_storeDirOfBuildUsers(layout, monkeypatch):
-    """Where the group exists the store directory is the build users' too, and is made so again on each open."""
-    group = grp.struct_group(("nixbld", "x", 12345, []))
-    monkeypatch.setattr("grp.getgrnam", lambda name: {"nixbld": group}[name])
-    prepareDirectories(layout, 0)
-    os.chmod(layout.realStoreDir, 0o755)
-    prepareDirectories(layout, 0)
-    found = os.stat(layout.realStoreDir)
-    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 12345, 0o1775)
-
-
-def test_storeDirWithoutGroup(layout, monkeypatch):
-    """Without the group it stays the owner's."""
-    monkeypatch.setattr("grp.getgrnam", {}.__getitem__)
-    prepareDirectories(layout, 0)
-    assert stat.S_IMODE(os.stat(layout.realStoreDir).st_mode) == 0o755
-
-
-def test_symlinkedStore(root, layout):
-    """A store directory behind a symbolic link is refused, unless that is allowed."""
-    os.makedirs(f"{root}/elsewhere")
-    os.symlink(f"{root}/elsewhere", f"{root}/nix")
-    with pytest.raises(StoreError, match=f"the path '{root}/nix' is a symlink"):
-        prepareDirectories(layout, 0)
-    prepareDirectories(replace(layout, allowSymlinkedStore=True), 0)
-
-
-def test_inTheWay(root, layout):
-    """A file in the place of a directory is an error, not a traceback."""
-    with open(f"{root}/nix", "w"):
-        pass
-    with pytest.raises(StoreError, match="cannot create the directories of the store"):
-        prepareDirectories(layout, 0)
 
 
 def test_bigLock(database, layout):
@@ -395,156 +288,6 @@ def test_rollback(database, valid):
         connection.execute("insert into ValidPaths (path, hash, registrationTime) values ('x', 'y', 1)")
         raise KeyError
     assert valid.queryAllValidPaths() == set()
-
-
-# --- rows -------------------------------------------------------------------------------------------------
-
-
-def test_row(valid, foreign):
-    """A row holds what Nix writes: full paths, base-16, signatures sorted, null for what there is not."""
-    sigs = frozenset({"b:2", "a:1"})
-    ca = ContentAddress.parse("fixed:r:sha256:04zwf782yjwnh3q6hz5izfd6jyip8kgw6g6yj43fiqhbyhdd0dqw")
-    full = makeInfo("full", HELLO, ca=ca, sigs=sigs, ultimate=True, deriver=StorePath(f"{A.path}.drv"))
-    valid.registerValidPaths([replace(A, narSize=0), full])
-    query = "select hash, registrationTime, deriver, narSize, ultimate, sigs, ca from ValidPaths where path = ?"
-    digest = "sha256:1c37d01af40be2e80691de3cc3df44377a699afbb17c68f080964b2fd071fc13"
-    assert foreign.execute(query, (A.path,)).fetchone() == (digest, 1_600_000_000, *[None] * 5)
-    assert foreign.execute(query, (full.path,)).fetchone() == (
-        digest,
-        1_600_000_000,
-        f"{A.path}.drv",
-        120,
-        1,
-        "a:1 b:2",
-        str(ca),
-    )
-
-
-def test_registerAgain(valid, foreign):
-    """Registering again updates all but deriver and time, keeps the row, and takes no reference away."""
-    drv = StorePath(f"{B.path}.drv")
-    valid.registerValidPaths([A, replace(B, references=frozenset({A.path}), deriver=drv)])
-    ids = foreign.execute("select id from ValidPaths order by id").fetchall()
-    valid.registerValidPaths([replace(B, narSize=7, registrationTime=5, ultimate=True)])
-    info = valid.queryPathInfos([B.path])[B.path]
-    assert info == replace(B, references=frozenset({A.path}), deriver=drv, narSize=7, ultimate=True)
-    assert foreign.execute("select id from ValidPaths order by id").fetchall() == ids
-
-
-def test_registerSet(valid):
-    """Within a set the order is free; a missing reference undoes all of it."""
-    valid.registerValidPaths([replace(B, references=frozenset({A.path, B.path})), A])
-    assert valid.queryPathInfos([B.path])[B.path].references == {A.path, B.path}
-    with pytest.raises(InvalidPath) as caught:
-        valid.registerValidPaths([C, replace(D, references=frozenset({C.path, makeInfo("missing", HELLO).path}))])
-    assert caught.value.path == makeInfo("missing", HELLO).path
-    assert valid.queryAllValidPaths() == {A.path, B.path}
-    valid.registerValidPaths([])
-
-
-def test_registerCycle(valid):
-    """A cycle is refused; Nix 2.34 registers it and fails later."""
-    with pytest.raises(StoreError, match="cycle"):
-        valid.registerValidPaths(
-            [replace(A, references=frozenset({B.path})), replace(B, references=frozenset({A.path}))]
-        )
-    assert valid.queryAllValidPaths() == set()
-
-
-def test_registerWrongCA(valid):
-    """A content address that does not give the path is not registered."""
-    ca = ContentAddress.parse("fixed:r:sha256:1b8m03r63zqhnjf7l5wnldhh7c134ap5vpj0850ymkq1iyzicy5s")
-    with pytest.raises(StoreError, match="claims to be content-addressed but isn't"):
-        valid.registerValidPaths([replace(A, ca=ca)])
-
-
-def test_derivationOutputs(valid):
-    """Outputs are known by derivation and by path, but only valid derivations count."""
-    drv = makeInfo("x.drv", HELLO)
-    valid.registerValidPaths([drv], {drv.path: {"out": A.path, "dev": B.path}})
-    assert valid.queryDerivationOutputs(drv.path) == {"out": A.path, "dev": B.path}
-    assert valid.queryDerivationOutputs(A.path) == {}
-    assert valid.queryValidDerivers(A.path) == {drv.path}
-    assert valid.queryClosure([drv.path], includeOutputs=True) == {drv.path}
-    valid.registerValidPaths([C, replace(A, references=frozenset({C.path}))])
-    assert valid.queryClosure([drv.path], includeOutputs=True) == {drv.path, A.path, C.path}
-    valid.invalidatePath(drv.path)
-    assert valid.queryValidDerivers(A.path) == set()
-
-
-def test_invalidate(valid, foreign):
-    """A path in use stays valid; referring to itself is no use. Ids are not used again."""
-    valid.registerValidPaths([replace(A, references=frozenset({A.path})), replace(B, references=frozenset({A.path}))])
-    assert valid.queryReferrers(A.path) == {A.path, B.path}
-    with pytest.raises(StoreError, match=f"cannot delete path '{A.path}' because it is in use by '{B.path}'"):
-        valid.invalidatePath(A.path)
-    valid.invalidatePath(B.path)
-    valid.invalidatePath(A.path)
-    valid.invalidatePath(A.path)
-    assert foreign.execute("select count(*) from Refs").fetchone() == (0,)
-    valid.registerValidPaths([C])
-    assert foreign.execute("select id from ValidPaths").fetchall() == [(3,)]
-
-
-def test_tolerance(valid, foreign):
-    """What Nix would not write but understands is read: empty texts and zeros."""
-    valid.registerValidPaths([A])
-    foreign.execute("update ValidPaths set deriver = '', narSize = null, ultimate = 0, sigs = '', ca = ''")
-    assert valid.queryPathInfos([A.path]) == {A.path: replace(A, narSize=0)}
-    sri = f"sha256-{A.narHash.base64}"
-    foreign.execute("update ValidPaths set hash = ?, sigs = 'malformed'", (sri,))
-    assert valid.queryPathInfos([A.path]) == {A.path: replace(A, narSize=0, sigs=frozenset({"malformed"}))}
-
-
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [
-        ("hash", "sha256:1"),
-        ("hash", A.narHash.hex),
-        ("hash", b"\0"),
-        ("deriver", "x"),
-        ("narSize", -1),
-        ("narSize", "many"),
-        ("registrationTime", "now"),
-        ("ca", "fixed"),
-        ("sigs", b"x"),
-    ],
-)
-def test_malformedRow(valid, foreign, column, value):
-    """A value that makes no sense is an error that names path and column; other paths are not affected."""
-    valid.registerValidPaths([A, B])
-    foreign.execute(f"update ValidPaths set {column} = ? where path = ?", (value, A.path))
-    with pytest.raises(StoreError, match=f"column '{column}' of path '{A.path}'"):
-        valid.queryPathInfos([A.path, B.path])
-    assert valid.queryPathInfos([B.path]) == {B.path: B}
-
-
-def test_malformedReference(valid, foreign):
-    """So is a reference that is no path, which some versions of Nix let in."""
-    valid.registerValidPaths([A, replace(B, references=frozenset({A.path}))])
-    foreign.execute("update ValidPaths set path = ? where path = ?", (f"{A.path[:43]}-.-x", A.path))
-    with pytest.raises(StoreError, match=f"column 'references' of path '{B.path}'"):
-        valid.queryPathInfos([B.path])
-    with pytest.raises(StoreError, match="malformed path"):
-        valid.queryClosure([B.path])
-
-
-def test_isAnyValid(valid):
-    """One valid path is enough."""
-    assert not valid.isAnyValid([])
-    assert not valid.isAnyValid([A.path])
-    valid.registerValidPaths([A])
-    assert valid.isAnyValid([B.path, A.path, C.path])
-
-
-def test_consistentReading(valid, database):
-    """A question that needs several queries sees one state of the database."""
-    valid.registerValidPaths([A])
-    with database.reading() as connection:
-        assert connection.execute("select count(*) from ValidPaths").fetchone() == (1,)
-        valid.registerValidPaths([B])
-        assert connection.execute("select count(*) from ValidPaths").fetchone() == (1,)
-    assert len(valid.queryAllValidPaths()) == 2
 
 
 # --- beside real Nix --------------------------------------------------------------------------------------
