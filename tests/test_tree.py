@@ -21,7 +21,6 @@ NAMELESS = re.compile(r"support|fake|double|util|helper|common|misc|shared")
 
 ACROSS = {
     "app": {"building", "clock", "foreigntext", "hookprocess", "manysessions", "owndirectories"},
-    "hook": {"hookrunning"},
     "protocol": {"busydatabase", "hostilebuilds", "hostilereplies"},
     "ssh": {"descriptors", "logs", "loopback", "openssh"},
 }
