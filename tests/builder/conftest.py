@@ -12,6 +12,7 @@ import pytest
 from nixserve.codec.derivation import parseDerivation
 from nixserve.codec.storepath import StoreDir
 from tests.builder.builtinruns import Server
+from tests.builder.stores import divertedStore, plainStore, temporaryRoot
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +73,26 @@ def nixBuild(tmp_path):
 
     yield build
     subprocess.run(["chmod", "-R", "u+w", root], check=False)
+
+
+@pytest.fixture
+def root():
+    """A directory for a store, removed afterwards."""
+    with temporaryRoot() as root:
+        yield root
+
+
+@pytest.fixture
+def diverted(root):
+    """An open store whose objects lie elsewhere than their paths say."""
+    store = divertedStore(root)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def plain(root):
+    """An open store whose objects lie where their paths say, so that builds need no sandbox."""
+    store = plainStore(root)
+    yield store
+    store.close()

@@ -4,8 +4,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-
-import pytest
+from contextlib import contextmanager
 
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.storepath import StoreDir
@@ -14,31 +13,27 @@ from nixserve.store.local import LocalStore
 from nixserve.testing import Executable, addObject, makeInfo, makeNar
 
 
-@pytest.fixture
-def root():
+@contextmanager
+def temporaryRoot():
     """A directory, removed afterwards. Not below any that a sandbox has of its own."""
     path = tempfile.mkdtemp(prefix="nixserve-build-", dir="/var/tmp")
     # Builders without a sandbox have users of their own.
     os.chmod(path, 0o711)
-    yield path
-    subprocess.run(["chmod", "-R", "u+rwX", path], check=False)
-    shutil.rmtree(path)
+    try:
+        yield path
+    finally:
+        subprocess.run(["chmod", "-R", "u+rwX", path], check=False)
+        shutil.rmtree(path)
 
 
-@pytest.fixture
-def diverted(root):
+def divertedStore(root):
     """An open store whose objects lie elsewhere than their paths say."""
-    store = LocalStore(StoreLayout.underRoot(root), reservedSize=0)
-    yield store
-    store.close()
+    return LocalStore(StoreLayout.underRoot(root), reservedSize=0)
 
 
-@pytest.fixture
-def plain(root):
+def plainStore(root):
     """An open store whose objects lie where their paths say, so that builds need no sandbox."""
-    store = LocalStore(StoreLayout(StoreDir(f"{root}/store"), f"{root}/store", f"{root}/state", f"{root}/log"))
-    yield store
-    store.close()
+    return LocalStore(StoreLayout(StoreDir(f"{root}/store"), f"{root}/store", f"{root}/state", f"{root}/log"))
 
 
 def someHash(text):

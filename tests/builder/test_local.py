@@ -36,9 +36,7 @@ from nixserve.store.files import hashPath
 from nixserve.store.logs import buildLogPath
 from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import addObject, makeInfo, makeNar
-from tests.builder.stores import add, diverted, info, plain, root
-
-__all__ = ["diverted", "plain", "root"]
+from tests.builder.stores import add, info
 
 FLOATING = DerivationOutput(None, "r:sha256", "")
 SYSTEM = BuildSettings().system

@@ -26,9 +26,7 @@ from nixserve.store.files import deletePath, dumpPath, hashPath
 from nixserve.store.local import LocalStore
 from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import Executable, makeNar
-from tests.builder.stores import add, diverted, info, root, someHash, writeTree
-
-__all__ = ["diverted", "root"]
+from tests.builder.stores import add, info, someHash, writeTree
 
 INPUT_ADDRESSED = object()
 

@@ -14,16 +14,23 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer, Policy, Right
 from nixserve.protocol.server import STALL_SECONDS, ServeServer
 from nixserve.testing import FakeStore, ImmediateWorkers, RecordingTransport
-from tests.builder.stores import add, diverted, root
+from tests.builder.stores import add, divertedStore, temporaryRoot
 from tests.protocol.buildworld import World, built, derivation, outputOf, pathOf
 from tests.vectors.serve.messages import CLIENT_MAGIC, MINORS, OPTIONS_AT, SERVER_MAGIC, STORE_DIR, path, wire
-
-__all__ = ["diverted", "root"]
 
 ANSWER = SERVER_MAGIC + wire(0x208)
 DRV_HASH = "sha256:" + "a1" * 32
 INTERRUPTED = "error: interrupted by the user\n"
 BUILDER = Policy(frozenset({Right.READ, Right.BUILD}))
+
+
+@pytest.fixture
+def diverted():
+    """An open store whose objects lie elsewhere than their paths say."""
+    with temporaryRoot() as root:
+        store = divertedStore(root)
+        yield store
+        store.close()
 
 
 class Server:
