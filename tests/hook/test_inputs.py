@@ -3,32 +3,18 @@ What the build hook does once there is a machine: inputs that go there once, out
 and all that Nix hears meanwhile. The whole of it, with real Nix, is in tests/interop.
 """
 
-import fcntl
-import json
-import os
-
 import pytest
-import pytest_twisted
-from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectionDone
-from twisted.internet.task import Clock, deferLater
-from twisted.python.failure import Failure
+from twisted.internet.task import Clock
 
-from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
-from nixserve.codec.derivation import BasicDerivation, DerivationOutput
+from nixserve.codec.derivation import DerivationOutput
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import RemoteError
-from nixserve.hook import inputs, pipes
-from nixserve.hook.activities import CopyActivities
+from nixserve.hook import inputs
 from nixserve.hook.claims import Claims
-from nixserve.hook.conversation import HookLog
 from nixserve.hook.inputs import PATIENCE_SECONDS, sendInputs
-from nixserve.hook.outputs import fetchOutputs, knownOutputs
-from nixserve.hook.pipes import PipeToNix, whenReadable
-from nixserve.protocol.buildoutputs import outputsOf
+from nixserve.hook.outputs import fetchOutputs
 from nixserve.protocol.copying import CopyProgress
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.store.api import InvalidPath
@@ -345,134 +331,3 @@ def test_fetchesNothing(side):
     lost = makeInfo("lost", makeNar(b"")).path
     with pytest.raises(RemoteError, match=r"lost.* is not there after the build"):
         joined.result(Deferred.fromCoroutine(fetchOutputs(side.here(), joined.client, plain(lost), Recorder())))
-
-
-def test_outputs():
-    """All known outputs come back, and of the others those that are wanted."""
-    drvPath, known, found = (StorePath(f"/nix/store/{'0' * 32}-{name}") for name in ("x.drv", "known", "x"))
-    floating = DerivationOutput(None, "r:sha256")
-    drv = BasicDerivation("x", {"out": DerivationOutput(known)}, frozenset(), "x", "x", (), {})
-    assert knownOutputs(drv) == {known}
-    assert outputsOf("m", drvPath, drv, BuildResult(BuildStatus.BUILT), [], StoreDir()) == {"out": known}
-    drv = BasicDerivation("x", {"out": floating, "dev": floating}, frozenset(), "x", "x", (), {})
-    result = BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(found)})
-    assert outputsOf("m", drvPath, drv, result, ["out"], StoreDir()) == {"out": found}
-    with pytest.raises(RemoteError, match=f"m does not say where the output 'dev' of '{drvPath}' is"):
-        outputsOf("m", drvPath, drv, result, ["dev"], StoreDir())
-
-
-def test_activities():
-    """One activity for a copy and one for each path, each begun once and ended once."""
-    lines = []
-    infos = [makeInfo(name, makeNar(name.encode())) for name in "ab"]
-    activities = CopyActivities(HookLog(3, 1), lines.append, "", "ssh://m")
-    activities.planned(infos, 0)
-    activities.copied(infos[0])
-    activities.planned(infos[1:], 0)
-    activities.copied(infos[1])
-    activities.end()
-    said = [json.loads(line[5:]) for line in b"".join(lines).splitlines()]
-    started = [value["id"] for value in said if value["action"] == "start"]
-    assert sorted(started) == sorted(value["id"] for value in said if value["action"] == "stop")
-    assert [value["fields"] for value in said if value["action"] == "result"] == [[1, 2, 1, 0], [1, 1, 0, 0]]
-    texts = [value["text"] for value in said if value["action"] == "start"]
-    assert texts[:2] == ["copying 2 paths", f"copying path '{infos[0].path}' to 'ssh://m'"]
-
-
-# --- pipes ------------------------------------------------------------------------------------------------
-
-
-async def readAll(descriptor):
-    """Everything up to the end."""
-    got = b""
-    while True:
-        await whenReadable(reactor, descriptor).addTimeout(10, reactor)
-        chunk = os.read(descriptor, 65536)
-        if not chunk:
-            return got
-        got += chunk
-
-
-@pytest_twisted.ensureDeferred
-async def test_pipe():
-    """Everything gets through, whatever its bytes, also to a reader that is slow; then the pipe is closed."""
-    reading, writing = os.pipe()
-    data = bytes(range(256)) * 8192
-    pipe = PipeToNix(reactor, writing, lambda: pytest.fail("nobody is gone"))
-    pipe.write(data)
-    ended = pipe.finish()
-    got = await readAll(reading)
-    await ended
-    assert got == data
-    os.close(reading)
-
-
-@pytest_twisted.ensureDeferred
-async def test_pipeOverflows(monkeypatch):
-    """What a reader that has stopped does not take is dropped, and it is told how much."""
-    monkeypatch.setattr(pipes, "MAX_PENDING", 4 << 20)
-    reading, writing = os.pipe()
-    pipe = PipeToNix(reactor, writing, lambda: None)
-    for _ in range(10):
-        pipe.write(b"x" * (1 << 20))
-    ended = pipe.finish()
-    got = await readAll(reading)
-    await ended
-    assert b"bytes were dropped here" in got
-    assert got.count(b"x") < 6 << 20
-    os.close(reading)
-
-
-@pytest_twisted.ensureDeferred
-async def test_readerGone():
-    """Who reads the pipe being gone is told once, without anything being written; and writing does no harm then."""
-    reading, writing = os.pipe()
-    gone = Deferred()
-    pipe = PipeToNix(reactor, writing, lambda: gone.callback(None))
-    os.close(reading)
-    await gone.addTimeout(5, reactor)
-    pipe.write(b"x")
-    await pipe.finish()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        fcntl.fcntl(writing, fcntl.F_GETFD)
-
-
-@pytest_twisted.ensureDeferred
-async def test_endsOnce():
-    """A reactor that stops ends what has ended already: by then the descriptor may be somebody else's."""
-    reading, writing = os.pipe()
-    pipe = PipeToNix(reactor, writing, lambda: None)
-    await pipe.finish()
-    os.dup2(reading, writing)
-    pipe._stream.connectionLost(Failure(ConnectionDone()))
-    os.close(writing)
-    os.close(reading)
-
-
-@pytest_twisted.ensureDeferred
-async def test_notAPipe(tmp_path):
-    """A file takes everything at once."""
-    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
-    pipe = PipeToNix(reactor, descriptor, lambda: pytest.fail("nobody is gone"))
-    pipe.write(b"some")
-    pipe.write(b"thing")
-    await pipe.finish()
-    assert (tmp_path / "file").read_bytes() == b"something"
-
-
-@pytest_twisted.ensureDeferred
-async def test_whenReadable():
-    """Data, and the end, can be waited for; giving up leaves nothing behind."""
-    reading, writing = os.pipe()
-    waiting = whenReadable(reactor, reading)
-    await deferLater(reactor, 0.01)
-    assert not waiting.called
-    os.write(writing, b"x")
-    await waiting.addTimeout(5, reactor)
-    os.read(reading, 1)
-    given = whenReadable(reactor, reading)
-    given.addErrback(lambda _: None)
-    given.cancel()
-    os.close(writing)
-    await whenReadable(reactor, reading).addTimeout(5, reactor)
-    os.close(reading)
