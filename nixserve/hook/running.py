@@ -38,7 +38,6 @@ from nixserve.hook.machines import Machine
 from nixserve.hook.negotiation import Chooser, HookPlaces, NixPipes, Taken
 from nixserve.hook.outputs import fetchOutputs, knownOutputs
 from nixserve.hook.pipes import PipeToNix, whenReadable
-from nixserve.hook.realisations import registerRealisations
 from nixserve.protocol.buildoutputs import outputsOf, promisedOutputs
 from nixserve.protocol.client import RemoteFailure, ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
@@ -49,6 +48,7 @@ from nixserve.remote.connecting import connect
 from nixserve.remote.failures import oneLine
 from nixserve.remote.master import SSHMaster
 from nixserve.store.local import LocalSession, LocalStore
+from nixserve.store.realisations import registerRealisations
 
 __all__ = ["CONNECT_SECONDS", "HookRun"]
 
@@ -372,7 +372,8 @@ class HookRun:
         if floating:
             assert self._store is not None, "it is open"
             # Not as the machine says them: from protocol 2.8 on it no more says of what.
-            await here.call(registerRealisations, self._store, realisations(build.basic, floating, here.storeDir))
+            recorded = realisations(build.basic, floating, here.storeDir)
+            await here.call(registerRealisations, self._store.database, recorded)
         return result
 
     @property

@@ -28,7 +28,6 @@ from nixserve.hook import running
 from nixserve.hook.claims import Claims
 from nixserve.hook.lastseen import LastSeen
 from nixserve.hook.negotiation import HookPlaces, NixPipes, Taken
-from nixserve.hook.realisations import registerRealisations
 from nixserve.hook.running import HookRun
 from nixserve.hook.slots import Slots
 from nixserve.protocol.policy import READ_ONLY
@@ -44,6 +43,7 @@ from tests.hook.bench import QUESTION, Bench, asks
 from tests.hook.machinelist import machine
 from tests.remote.children import HELLO, child
 from tests.ssh.loopback import sleep, until
+from tests.store.realisationtables import REALISATION_ROWS, REALISATIONS
 
 #: What builds say: not all of it is text.
 LOG = b"\x1b[31mb\xfcilding\x00 it\xff\xfe\n"
@@ -389,14 +389,6 @@ async def test_noTask(nix):
     assert m.builds.asked == []
 
 
-TABLE = """
-    create table Realisations (
-        id integer primary key autoincrement not null, drvPath text not null, outputName text not null,
-        outputPath integer not null, signatures text)"""
-
-ROWS = "select drvPath, outputName, path from Realisations join ValidPaths on ValidPaths.id = outputPath"
-
-
 @pytest.mark.parametrize("hasTable", [True, False])
 @pytest_twisted.ensureDeferred
 async def test_unknownOutput(nix, hasTable):
@@ -411,7 +403,7 @@ async def test_unknownOutput(nix, hasTable):
     nix.ask(drv)
     if hasTable:
         with nix.store.database.writing() as connection:
-            connection.execute(TABLE)
+            connection.execute(REALISATIONS)
     nix.out = info.path
     assert await nix.start([m.uri]) == (0 if hasTable else 1)
     assert nix.built == b"made"
@@ -419,7 +411,7 @@ async def test_unknownOutput(nix, hasTable):
         assert nix.messages[0].startswith("error: the store here has no table of realisations; have Nix make it")
         return
     with nix.store.database.writing() as connection:
-        (row,) = connection.execute(ROWS).fetchall()
+        (row,) = connection.execute(REALISATION_ROWS).fetchall()
     assert row[1:] == ("out", str(info.path)) and row[0].startswith("sha256:")
 
 
@@ -449,16 +441,6 @@ async def test_machineGivesOtherContents(nix):
     nix.out = path
     assert await nix.start([liar.uri]) == 1
     assert f"hash mismatch importing path '{path}'" in nix.messages[-1] and nix.built is None
-
-
-def test_realisationsStay(nix):
-    """What is recorded about an output already stays."""
-    with nix.store.database.writing() as connection:
-        connection.execute(TABLE)
-    for path in (nix.source, nix.drvPath):
-        registerRealisations(nix.store, {"out": Realisation(path, "sha256:1")})
-    with nix.store.database.writing() as connection:
-        assert connection.execute(ROWS).fetchall() == [("sha256:1", "out", str(nix.source))]
 
 
 # --- machines that cannot be reached, or are lost ---------------------------------------------------------

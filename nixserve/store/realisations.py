@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from nixserve.codec.buildresult import Realisation
 from nixserve.errors import StoreError
-from nixserve.store.local import LocalStore
+from nixserve.store.database import Database
 
 __all__ = ["registerRealisations"]
 
@@ -24,7 +24,7 @@ _REGISTER = """
     select ?, ?, id, ? from ValidPaths where path = ?"""
 
 
-def registerRealisations(store: LocalStore, outputs: Mapping[str, Realisation]) -> None:
+def registerRealisations(database: Database, outputs: Mapping[str, Realisation]) -> None:
     """
     Record outputs, all or none. What is recorded already stays.
 
@@ -32,7 +32,7 @@ def registerRealisations(store: LocalStore, outputs: Mapping[str, Realisation]) 
     @raise Busy: others are writing to the database; call again.
     @raise StoreError: this store has no room for such.
     """
-    with store.database.writing() as connection:
+    with database.writing() as connection:
         if connection.execute(_TABLE).fetchone() is None:
             raise StoreError(
                 "the store here has no table of realisations; have Nix make it: experimental-features = ca-derivations"
