@@ -175,6 +175,12 @@ def test_layers(file):
     assert breaches(moduleName(file), file.read_text()) == []
 
 
+def test_versionsAreComparedInOnePlace():
+    """Only one module takes a version of the protocol apart: what a version has others ask it."""
+    apart = {moduleName(file) for file in MODULES if re.search(r"\bminorOf\b|ersion & 0xFF", file.read_text())}
+    assert apart == {"nixserve.codec.serve"}
+
+
 def test_modulesAreFound():
     """The test above looks at the modules there are, and every package is a layer."""
     names = {moduleName(file) for file in MODULES}

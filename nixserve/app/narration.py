@@ -11,6 +11,7 @@ from nixserve.app.progress import CopyReport, Screen
 from nixserve.app.recipe import Recipe
 from nixserve.app.sample import Sample
 from nixserve.app.text import formatBytes
+from nixserve.codec.serve import versionText
 from nixserve.protocol.copying import CopyProgress
 
 __all__ = ["PrintingNarrator"]
@@ -39,8 +40,7 @@ class PrintingNarrator(Narrator):
         _step("endpoint", f"the service of 'twistd nixserve', on {HOST}:{server.port}, with an empty store")
         _step(
             "client",
-            f"{server.client}, logged in after {server.loginSeconds:.2f} s; "
-            f"protocol {server.version >> 8}.{server.version & 0xFF}",
+            f"{server.client}, logged in after {server.loginSeconds:.2f} s; protocol {versionText(server.version)}",
         )
 
     def progress(self, what: str) -> CopyProgress:

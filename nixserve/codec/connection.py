@@ -428,7 +428,7 @@ class ClientConnection(_Receiver):
         go(Step.MAGIC)
         version = yield from reader.u32()
         if version >> 8 != SERVE_VERSION >> 8:
-            raise FormatError(f"unsupported 'nix-store --serve' protocol version {version >> 8}.{version & 0xFF}")
+            raise FormatError(f"unsupported 'nix-store --serve' protocol version {serve.versionText(version)}")
         self.version = min(version, self.announced)
         go(Step.VERSION)
         yield VersionAgreed(self.version)

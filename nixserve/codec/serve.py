@@ -66,11 +66,14 @@ __all__ = [
     "QueryValidPaths",
     "Request",
     "batches",
+    "hasCommand",
+    "hasHashes",
     "inOrder",
     "readCommand",
     "readReply",
     "readRequest",
     "replyPieces",
+    "versionText",
     "writeReply",
     "writeRequest",
 ]
@@ -117,6 +120,7 @@ thousand paths take a millisecond."""
 _BUILD_LOG_LIMIT = 2
 _BUILD_TIMES = 3
 _PATH_INFO_HASHES = 4
+_ADD_TO_STORE_NAR = 5
 _BUILT_OUTPUTS = 6
 _KEEP_FAILED = 7
 _BINARY_BUILT_OUTPUTS = 8
@@ -125,6 +129,21 @@ _BINARY_BUILT_OUTPUTS = 8
 def minorOf(version: int) -> int:
     """The minor part. The major part is never checked on requests, as Nix does."""
     return version & 0xFF
+
+
+def versionText(version: int) -> str:
+    """A version as people say it: C{2.8}."""
+    return f"{version >> 8}.{minorOf(version)}"
+
+
+def hasCommand(version: int, command: Command) -> bool:
+    """Is there this command?"""
+    return command is not Command.ADD_TO_STORE_NAR or minorOf(version) >= _ADD_TO_STORE_NAR
+
+
+def hasHashes(version: int) -> bool:
+    """Do path infos say what is in a path?"""
+    return minorOf(version) >= _PATH_INFO_HASHES
 
 
 # --- paths ------------------------------------------------------------------------------------------------
@@ -492,7 +511,7 @@ def _readPathInfo(
     references = frozenset(known.get(text) or known.setdefault(text, storeDir.parse(text)) for text in texts)
     yield from reader.u64()  # the size of the download, which nobody fills in
     narSize = yield from reader.u64()
-    if minorOf(version) < _PATH_INFO_HASHES:
+    if not hasHashes(version):
         # Peers that old say nothing about hashes. Nothing can be checked against such an info.
         return ValidPathInfo(path=path, narHash=UNKNOWN_HASH, narSize=narSize, references=references, deriver=deriver)
     narHash = Hash.parse((yield from reader.text(MAX_PATH_SIZE)))
@@ -522,7 +541,7 @@ def _pathInfosPieces(
 def _writePathInfo(writer: Writer, info: ValidPathInfo, version: int) -> None:
     writer.text(info.path).text(info.deriver or "").textSet(info.references)
     writer.u64(info.narSize).u64(info.narSize)
-    if minorOf(version) >= _PATH_INFO_HASHES:
+    if hasHashes(version):
         writer.text(str(info.narHash)).text(str(info.ca) if info.ca else "").textSet(info.sigs)
 
 

@@ -22,7 +22,7 @@ from nixserve.codec.derivation import BasicDerivation, DerivationOutput, drvPath
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.nar import regularEnd, regularStart
 from nixserve.codec.pathinfo import ValidPathInfo
-from nixserve.codec.serve import minorOf
+from nixserve.codec.serve import versionText
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import NixServeError
 from nixserve.hook.machines import Machine
@@ -116,8 +116,7 @@ class _Check:
             async with await self._connect(self._environ) as client:
                 seconds = self._reactor.seconds() - begun
                 assert client.version is not None, "it is ready"
-                version = f"{client.version >> 8}.{minorOf(client.version)}"
-                self._report = replace(self._report, seconds=seconds, version=version)
+                self._report = replace(self._report, seconds=seconds, version=versionText(client.version))
                 if not await self._send(client):
                     # The session is over, and closing it would fail for the same reason.
                     client.cut()

@@ -10,8 +10,8 @@ from typing import Final
 from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 
+from nixserve.codec.messages import Command
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
-from nixserve.codec.serve import minorOf
 from nixserve.codec.storepath import StorePath
 from nixserve.hook.claims import Claims
 from nixserve.protocol.client import ServeClient
@@ -26,9 +26,6 @@ __all__ = ["PATIENCE_SECONDS", "sendInputs"]
 PATIENCE_SECONDS: Final = 900.0
 """How long somebody else may take to send one path before it is sent once more: what the original waits for its upload
 lock (Nix 2.8 to 2.36, src/build-remote/build-remote.cc)."""
-
-_ADD_TO_STORE_NAR: Final = 5
-"""The minor version from which AddToStoreNar is known."""
 
 
 async def sendInputs(
@@ -90,8 +87,7 @@ async def _send(
     if not infos:
         return
     progress.planned(infos, 0)
-    assert client.version is not None, "it has answered"
-    if minorOf(client.version) < _ADD_TO_STORE_NAR:
+    if not client.knows(Command.ADD_TO_STORE_NAR):
         await uploadStream(here, client, infos, progress.moved, arrived)
         return
     await upload(here, client, Schedule(infos, 1), 0, progress.moved, arrived)

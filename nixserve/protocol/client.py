@@ -33,6 +33,7 @@ from nixserve.codec.connection import (
     VersionAgreed,
 )
 from nixserve.codec.derivation import BasicDerivation
+from nixserve.codec.messages import Command
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.serve import (
     MAX_INFOS_ASKED,
@@ -51,6 +52,8 @@ from nixserve.codec.serve import (
     Request,
     batches,
     dependsOnVersion,
+    hasCommand,
+    hasHashes,
 )
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import LocalProtocolError, NixServeError, RemoteError
@@ -163,6 +166,19 @@ class ServeClient(Protocol):
     def version(self) -> int | None:
         """The version spoken, as C{major << 8 | minor}; C{None} until L{ready} has fired."""
         return self._connection.version
+
+    def knows(self, command: Command) -> bool:
+        """Has the version spoken this command? To be asked when L{ready} has fired."""
+        return hasCommand(self._agreed, command)
+
+    def tellsHashes(self) -> bool:
+        """Does the remote say what is in its paths? Likewise."""
+        return hasHashes(self._agreed)
+
+    @property
+    def _agreed(self) -> int:
+        assert self.version is not None, "it has answered"
+        return self.version
 
     # --- commands -----------------------------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from twisted.internet.defer import Deferred, DeferredList, FirstError, gatherResults
 
+from nixserve.codec.messages import Command
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
-from nixserve.codec.serve import minorOf
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import LocalProtocolError, RemoteError, UsageError
 from nixserve.protocol.buildoutputs import KnownOutputs, asPromised
@@ -30,13 +30,6 @@ from nixserve.protocol.transfers import download, upload, uploadStream
 from nixserve.store.api import InvalidPath
 
 __all__ = ["Copied", "CopyProgress", "Explain", "copyClosure"]
-
-_ADD_TO_STORE_NAR: Final = 5
-"""The minor version from which AddToStoreNar is known."""
-
-_NAR_HASHES: Final = 4
-"""The minor version from which infos have hashes."""
-
 
 Explain = Callable[[Mapping[StorePath, ValidPathInfo]], Awaitable[KnownOutputs]]
 """
@@ -187,7 +180,7 @@ async def _upload(
     progress.planned(missing, copied.present)
     if dryRun or not missing:
         return copied
-    if _minor(client) < _ADD_TO_STORE_NAR:
+    if not client.knows(Command.ADD_TO_STORE_NAR):
         await uploadStream(here, client, missing, progress.moved, progress.copied)
         return copied
     schedule = Schedule(missing, len(clients))
@@ -218,7 +211,7 @@ async def _download(
             raise RemoteError(f"{_nameOf(client)} was asked for '{path}' and what it refers to, and left it out")
     else:
         await rooted
-    if _minor(client) < _NAR_HASHES:
+    if not client.tellsHashes():
         raise RemoteError(f"{_nameOf(client)} speaks a protocol without hashes of paths; it needs Nix 2.0")
     # Roots first: what is valid after that stays so.
     if wanted.lock:
@@ -274,11 +267,6 @@ def _arrived(schedule: Schedule, progress: CopyProgress) -> Any:
 
 def _nameOf(client: ServeClient) -> str:
     return client.name or "the remote"
-
-
-def _minor(client: ServeClient) -> int:
-    assert client.version is not None, "it has answered"
-    return minorOf(client.version)
 
 
 def _inOrder(wanted: Iterable[StorePath], infos: Mapping[StorePath, ValidPathInfo]) -> list[ValidPathInfo]:

@@ -189,6 +189,16 @@ def test_minorOf():
     assert [serve.minorOf(version) for version in (0x207, 0x100, 0x300, 0x2FF)] == [7, 0, 0, 255]
 
 
+def test_whatVersionsHave():
+    """A version has all commands but the youngest, which came with 2.5, and tells hashes from 2.4 on."""
+    lacking = {
+        serve.versionText(version): [command.name for command in Command if not serve.hasCommand(version, command)]
+        for version in (0x200, 0x204, 0x205, 0x208)
+    }
+    assert lacking == {"2.0": ["ADD_TO_STORE_NAR"], "2.4": ["ADD_TO_STORE_NAR"], "2.5": [], "2.8": []}
+    assert [serve.hasHashes(version) for version in (0x203, 0x204, 0x208)] == [False, True, True]
+
+
 def test_commandNames():
     """The name of each command is Nix's, with a small letter."""
     assert [command.camelName for command in Command] == [
