@@ -10,16 +10,12 @@ from typing import Final
 from twisted.internet.defer import TimeoutError
 from twisted.internet.interfaces import IReactorTime
 
-from nixserve.codec.messages import Command
-from nixserve.codec.pathinfo import ValidPathInfo, topoSort
+from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
 from nixserve.hook.claims import Claims
 from nixserve.protocol.client import ServeClient
-from nixserve.protocol.copying import CopyProgress
+from nixserve.protocol.copying import CopyProgress, queryMissing, sendPaths
 from nixserve.protocol.deferredsession import DeferredSession
-from nixserve.protocol.schedule import Schedule
-from nixserve.protocol.transfers import upload, uploadStream
-from nixserve.store.api import InvalidPath
 
 __all__ = ["PATIENCE_SECONDS", "sendInputs"]
 
@@ -49,11 +45,12 @@ async def sendInputs(
     @raise InvalidPath: one of them is not valid here.
     @raise RemoteError: the machine does not take them.
     """
-    present = await client.queryValidPaths(inputs, lock=True, substitute=substitute)
-    infos = await here.queryPathInfos(frozenset(inputs) - present)
-    for path in sorted(frozenset(inputs) - present - infos.keys()):
-        raise InvalidPath(path)
-    missing = [infos[path] for path in topoSort({path: info.references for path, info in infos.items()})]
+
+    def arrived(info: ValidPathInfo) -> None:
+        claims.release(info.path)
+        progress.copied(info)
+
+    missing = await queryMissing(here, client, frozenset(inputs), lock=True, substitute=substitute)
     while missing:
         claimed = await here.call(claims.claim, missing)
         if not claimed:
@@ -65,29 +62,11 @@ async def sendInputs(
                 claimed = missing[:1]
         # Between question and claim somebody else may have sent them, and roots are ours only for what was asked.
         asked = claimed or missing
-        arrived = await client.queryValidPaths([info.path for info in asked], lock=True)
-        for info in asked:
-            if info.path in arrived:
-                claims.release(info.path)
-        if claimed:
-            await _send(here, client, [info for info in claimed if info.path not in arrived], claims, progress)
-        done = arrived.union(info.path for info in claimed)
+        there = await client.queryValidPaths([info.path for info in asked], lock=True)
+        for path in there:
+            claims.release(path)
+        if lacking := [info for info in claimed if info.path not in there]:
+            progress.planned(lacking, 0)
+            await sendPaths([here], [client], lacking, progress.moved, arrived)
+        done = there.union(info.path for info in claimed)
         missing = [info for info in missing if info.path not in done]
-
-
-async def _send(
-    here: DeferredSession, client: ServeClient, infos: list[ValidPathInfo], claims: Claims, progress: CopyProgress
-) -> None:
-    """Send what is missing, references first."""
-
-    def arrived(info: ValidPathInfo) -> None:
-        claims.release(info.path)
-        progress.copied(info)
-
-    if not infos:
-        return
-    progress.planned(infos, 0)
-    if not client.knows(Command.ADD_TO_STORE_NAR):
-        await uploadStream(here, client, infos, progress.moved, arrived)
-        return
-    await upload(here, client, Schedule(infos, 1), 0, progress.moved, arrived)

@@ -361,8 +361,6 @@ class HookRun:
         if not result.success:
             return result
         outputs = outputsOf(uri, build.drvPath, build.basic, result, build.wanted, here.storeDir)
-        made = frozenset(outputs.values())
-        await client.queryValidPaths(made, lock=True)
         fetching = CopyActivities(log, write, uri, "")
         try:
             await fetchOutputs(here, client, promisedOutputs(build.basic, outputs), fetching)

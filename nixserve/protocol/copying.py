@@ -26,16 +26,33 @@ from nixserve.protocol.buildoutputs import KnownOutputs, asPromised
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.schedule import Schedule
-from nixserve.protocol.transfers import download, upload, uploadStream
+from nixserve.protocol.transfers import Arrived, Moved, download, upload, uploadStream
 from nixserve.store.api import InvalidPath
 
-__all__ = ["Copied", "CopyProgress", "Explain", "copyClosure"]
+__all__ = ["Copied", "CopyProgress", "Explain", "MissingReference", "copyClosure", "queryMissing", "sendPaths"]
 
 Explain = Callable[[Mapping[StorePath, ValidPathInfo]], Awaitable[KnownOutputs]]
 """
 Is told how a remote describes what would come here, before any of it does. Gives what derivations that are here say of
 some of it: what is to be in those, they decide. Raises if something may not come.
 """
+
+
+class MissingReference(UsageError):
+    """
+    Something to be copied refers to what neither is where it would go nor will be copied.
+
+    @ivar path: what refers.
+    @ivar reference: to what.
+    """
+
+    def __init__(self, path: StorePath, reference: StorePath, where: str) -> None:
+        """
+        @param where: what store it would go to.
+        """
+        self.path = path
+        self.reference = reference
+        super().__init__(f"'{path}' refers to '{reference}', which {where} lacks; copy the closure, or that too")
 
 
 class CopyProgress:
@@ -121,7 +138,8 @@ def copyClosure(
     everything asked about stays in the remote store, and what came here or was here stays here. (Whoever copies from
     here makes what must not vanish meanwhile roots of his session: a store that is only read takes none.)
 
-    @param closure: otherwise only C{paths} themselves; what they refer to must be there, or it is a L{UsageError}.
+    @param closure: otherwise only C{paths} themselves; what they refer to must be there, or it is a
+        L{MissingReference}.
     @param substitute: the remote, if it is the target, shall try to fetch the paths from its own substituters first.
     @param includeOutputs: also what derivations among them have built.
     @param dryRun: only ask.
@@ -167,8 +185,7 @@ async def _upload(
     here, client = sources[0], clients[0]
     if wanted.closure:
         paths = frozenset(await here.queryClosure(wanted.paths, wanted.includeOutputs))
-        present = await client.queryValidPaths(paths, lock=wanted.lock, substitute=wanted.substitute)
-        missing = _inOrder(paths - present, await here.queryPathInfos(paths - present))
+        missing = await queryMissing(here, client, paths, lock=wanted.lock, substitute=wanted.substitute)
     else:
         paths = wanted.paths
         infos = await here.queryPathInfos(paths)
@@ -180,16 +197,46 @@ async def _upload(
     progress.planned(missing, copied.present)
     if dryRun or not missing:
         return copied
-    if not client.knows(Command.ADD_TO_STORE_NAR):
-        await uploadStream(here, client, missing, progress.moved, progress.copied)
-        return copied
-    schedule = Schedule(missing, len(clients))
-    arrived = _arrived(schedule, progress)
+    await sendPaths(sources, clients, missing, progress.moved, progress.copied)
+    return copied
+
+
+async def queryMissing(
+    here: DeferredSession, client: ServeClient, paths: frozenset[StorePath], *, lock: bool, substitute: bool
+) -> list[ValidPathInfo]:
+    """
+    Which of C{paths} a remote lacks. One question to each side.
+
+    @param lock: all of them become roots there.
+    @param substitute: the remote shall try to fetch them from its own substituters first.
+    @return: those, references first.
+    @raise InvalidPath: one of them is not valid here.
+    """
+    missing = paths - await client.queryValidPaths(paths, lock=lock, substitute=substitute)
+    return _inOrder(missing, await here.queryPathInfos(missing))
+
+
+async def sendPaths(
+    sources: Sequence[DeferredSession],
+    clients: Sequence[ServeClient],
+    infos: Sequence[ValidPathInfo],
+    moved: Moved,
+    arrived: Arrived,
+) -> None:
+    """
+    Send what a remote lacks, over one or several sessions.
+
+    @param infos: references before what refers to them. What they refer to beside each other is there.
+    """
+    if not clients[0].knows(Command.ADD_TO_STORE_NAR):
+        await uploadStream(sources[0], clients[0], infos, moved, arrived)
+        return
+    schedule = Schedule(infos, len(clients))
+    hasArrived = _arrived(schedule, arrived)
     await _together(
-        upload(sources[lane % len(sources)], client, schedule, lane, progress.moved, arrived)
+        upload(sources[lane % len(sources)], client, schedule, lane, moved, hasArrived)
         for lane, client in enumerate(clients)
     )
-    return copied
 
 
 async def _download(
@@ -217,10 +264,7 @@ async def _download(
     if wanted.lock:
         await here.addTempRoots(paths)
     present = await here.queryValidPaths(paths)
-    told = await client.queryPathInfos(paths - present)
-    known = await wanted.explain(told)
-    infos = {path: asPromised(client.name, info, known) for path, info in told.items()}
-    missing = _inOrder(paths - present, infos)
+    missing = _inOrder(paths - present, await _described(client, here, wanted, paths - present, present))
     if wanted.closure:
         _requireClosed(client, missing, paths)
     else:
@@ -233,12 +277,34 @@ async def _download(
     if dryRun or not missing:
         return copied
     schedule = Schedule(missing, min(len(clients), len(targets)))
-    arrived = _arrived(schedule, progress)
+    arrived = _arrived(schedule, progress.copied)
     lanes = list(zip(clients, targets, strict=False))
     await _together(
         download(one, target, schedule, lane, progress.moved, arrived) for lane, (one, target) in enumerate(lanes)
     )
     return copied
+
+
+async def _described(
+    client: ServeClient,
+    here: DeferredSession,
+    wanted: _Wanted,
+    missing: frozenset[StorePath],
+    present: set[StorePath],
+) -> dict[StorePath, ValidPathInfo]:
+    """
+    What a remote says of what is to come here, with what derivations say of it in the place of that.
+
+    @param present: what is here already.
+    @raise RemoteError: something cannot be what its derivation says, be it here already.
+    """
+    told = await client.queryPathInfos(missing) if missing else {}
+    known = await wanted.explain(told)
+    if outputs := wanted.paths & known.keys() & present:
+        # Where a floating output is the remote has said, so what is here already may be anything.
+        for info in (await here.queryPathInfos(outputs)).values():
+            asPromised(client.name, info, known)
+    return {path: asPromised(client.name, info, known) for path, info in told.items()}
 
 
 async def _together(lanes: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -257,12 +323,14 @@ async def _together(lanes: Iterable[Coroutine[Any, Any, None]]) -> None:
             await DeferredList(running, consumeErrors=True)
 
 
-def _arrived(schedule: Schedule, progress: CopyProgress) -> Any:
-    def arrived(info: ValidPathInfo) -> None:
-        schedule.arrived(info)
-        progress.copied(info)
+def _arrived(schedule: Schedule, arrived: Arrived) -> Arrived:
+    """Both hear of a path."""
 
-    return arrived
+    def both(info: ValidPathInfo) -> None:
+        schedule.arrived(info)
+        arrived(info)
+
+    return both
 
 
 def _nameOf(client: ServeClient) -> str:
@@ -300,11 +368,9 @@ def _requireClosed(client: ServeClient, infos: Sequence[ValidPathInfo], closure:
 
 def _requireReferences(missing: Sequence[ValidPathInfo], present: Collection[StorePath], where: str) -> None:
     """
-    @raise UsageError: something to be copied refers to what neither is there nor will be copied.
+    @raise MissingReference: something to be copied refers to what neither is there nor will be copied.
     """
     available = {*present, *(info.path for info in missing)}
     for info in missing:
         for reference in sorted(info.references - available):
-            raise UsageError(
-                f"'{info.path}' refers to '{reference}', which {where} lacks; copy the closure, or that too"
-            )
+            raise MissingReference(info.path, reference, where)

@@ -23,7 +23,7 @@ from nixserve.codec.resolution import InputOutputs, basicDerivation, mustResolve
 from nixserve.codec.serve import batches
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, FormatError, RemoteError, StoreError
-from nixserve.protocol.buildoutputs import KnownOutputs, asPromised, outputsOf, promisedOutputs
+from nixserve.protocol.buildoutputs import KnownOutputs, outputsOf, promisedOutputs
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
@@ -366,12 +366,10 @@ class _Building:
 
         @raise RemoteError: the remote has not got one, or what it has cannot be what a derivation says.
         """
-        wanted = frozenset(paths)
-        for info in (await self._here.queryPathInfos(wanted)).values():
-            # Where a floating output is the remote has said, so what is here already may be anything.
-            asPromised(self._client.name, info, self._known)
         try:
-            return await copyClosure(self._client, self._here, wanted, progress=progress, explain=self._explain)
+            return await copyClosure(
+                self._client, self._here, frozenset(paths), progress=progress, explain=self._explain
+            )
         except InvalidPath as e:
             raise RemoteError(f"{self._client.name}: '{e.path}' is not there after the build") from e
 

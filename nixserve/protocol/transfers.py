@@ -24,7 +24,7 @@ from nixserve.protocol.streams import MAX_QUEUED, NarInflow, Throttle
 from nixserve.store.api import PathWriter, StoreSession
 from nixserve.store.contents import sizeMismatch
 
-__all__ = ["Moved", "download", "upload", "uploadStream"]
+__all__ = ["Arrived", "Moved", "download", "upload", "uploadStream"]
 
 Moved = Callable[[int], None]
 """Hears how many more bytes have been sent or have come. Called in any thread."""

@@ -216,20 +216,29 @@ def test_arrivedIsReleased(side, monkeypatch):
     assert side.unclaimed
 
 
-@pytest.mark.parametrize("substitute", [True, False])
-def test_questions(side, monkeypatch, substitute):
+def questions(joined, monkeypatch):
     """
-    Whatever the machine is asked about it is to keep; and whether to try its own substituters, it is told with the
-    first question.
+    What the machine is asked about valid paths from now on: how many, whether it is to keep them, whether it is to try
+    its own substituters.
     """
-    joined, asked = side.joined(), []
-    original = joined.client.queryValidPaths
+    asked, original = [], joined.client.queryValidPaths
 
     def query(paths, lock=False, substitute=False):
         asked.append((len(paths), lock, substitute))
         return original(paths, lock, substitute)
 
     monkeypatch.setattr(joined.client, "queryValidPaths", query)
+    return asked
+
+
+@pytest.mark.parametrize("substitute", [True, False])
+def test_questions(side, monkeypatch, substitute):
+    """
+    Whatever the machine is asked about it is to keep; and whether to try its own substituters, it is told with the
+    first question.
+    """
+    joined = side.joined()
+    asked = questions(joined, monkeypatch)
     joined.result(side.send(joined, side.claims(), Recorder(), substitute=substitute))
     assert asked == [(4, True, substitute), (4, True, False)]
 
@@ -284,6 +293,15 @@ def test_fetches(side):
     assert fetch(side, plain(top.path, low.path)) == ["low", "top"]
     assert fetch(side, plain(top.path, low.path)) == []
     assert side.store.openSession().queryValidPaths([low.path, top.path]) == {low.path, top.path}
+
+
+def test_keptThere(side, monkeypatch):
+    """The machine is asked once for outputs, and keeps them."""
+    outputs = plain(made(side, "low").path, made(side, "top").path)
+    joined = side.joined()
+    asked = questions(joined, monkeypatch)
+    joined.result(Deferred.fromCoroutine(fetchOutputs(side.here(), joined.client, outputs, Recorder())))
+    assert asked == [(2, True, False)]
 
 
 def test_fetchesNothingElse(side):

@@ -14,7 +14,7 @@ from nixserve.codec.hashes import hashBytes
 from nixserve.errors import RemoteError, StoreError, UsageError
 from nixserve.protocol import transfers
 from nixserve.protocol.client import ServeClient
-from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
+from nixserve.protocol.copying import Copied, CopyProgress, MissingReference, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.policy import EVERYTHING, Peer
 from nixserve.protocol.server import ServeServer
@@ -332,8 +332,10 @@ def test_noClosure(copy):
     source, target = sides(joined, copy)
     closure = makeClosure(3)
     infos = add(source, closure)
-    with pytest.raises(UsageError, match=f"'{infos[2].path}' refers to '{infos[1].path}', which"):
+    with pytest.raises(MissingReference, match=f"'{infos[2].path}' refers to '{infos[1].path}', which") as raised:
         joined.run(copy, infos[2].path, closure=False)
+    assert (raised.value.path, raised.value.reference) == (infos[2].path, infos[1].path)
+    assert isinstance(raised.value, UsageError)
     assert joined.valid(target, infos) == []
     joined = Copying()
     source, target = sides(joined, copy)
