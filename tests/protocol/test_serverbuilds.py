@@ -490,7 +490,7 @@ def test_graphInterrupted(diverted, done):
     graph.session.eof()
     assert all(build.token.cancelled for build in graph.server.world.threads.running)
     graph.session.ended(1, INTERRUPTED)
-    assert len(diverted._sessions) == 0
+    assert diverted._sessions.all() == []
 
 
 def test_storeFails(diverted):
