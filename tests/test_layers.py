@@ -150,6 +150,17 @@ def test_noCircles():
     assert circle(graph({moduleName(file): file.read_text() for file in MODULES})) == []
 
 
+@pytest.mark.parametrize("module", ["nixserve.hook.running", "nixserve.protocol.remotebuild"])
+def test_whoBuildsElsewhereNeedsNoBuilder(module):
+    """The build hook, a process for each build, and C{nixserve build} load nothing of how to build here."""
+    modules = graph({moduleName(file): file.read_text() for file in MODULES})
+    found, waiting = set(), {module}
+    while waiting:
+        found |= waiting
+        waiting = set().union(*(modules[name] for name in waiting)) - found
+    assert [name for name in sorted(found) if layerOf(name) == "builder"] == []
+
+
 @pytest.mark.parametrize(
     ("b", "c", "expected"),
     [
