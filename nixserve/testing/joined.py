@@ -16,7 +16,7 @@ itself, in that reactor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost, ProcessTerminated
@@ -179,11 +179,7 @@ class Joined:
         self.client = ServeClient(self.store.storeDir, self._errorReceived, name, self.clock)
         if build is not None:
             builds = ScriptedBuilds(build)
-        self.server = ServeServer(
-            # What it asks of builds is what the interface says.
-            *(self.store, self.workers, policy, Peer("memory"), self.clock),
-            builds=cast(Any, builds),
-        )
+        self.server = ServeServer(self.store, self.workers, policy, Peer("memory"), self.clock, builds=builds)
         self.pair = Pair(self.client, self.server, piece, self._wake)
 
     def turn(self) -> bool:
