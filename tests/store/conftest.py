@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nixserve.store.database import Database
+from nixserve.store.files import deletePath
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.store.opening import prepareDirectories
@@ -108,3 +109,10 @@ def foreign(database, layout):
     connection = sqlite3.connect(layout.dbPath, isolation_level=None)
     yield connection
     connection.close()
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory, as text."""
+    yield str(tmp_path)
+    deletePath(str(tmp_path))
