@@ -6,18 +6,13 @@ import os
 import resource
 import stat
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from nixserve.codec.nar import encodeNar
-from nixserve.store import files
 from nixserve.store.files import dumpPath
 from nixserve.store.restoring import restorePath
 from tests.vectors.nar import trees
-
-SOURCES = Path(files.__file__).parents[2]
-
 
 needsRoot = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
 

@@ -8,17 +8,21 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from nixserve.codec.hashes import hashBytes
 from nixserve.codec.nar import BadArchive, Contents, Directory, Regular, Symlink, encodeNar
 from nixserve.errors import FormatError, StoreError
+from nixserve.store import files
 from nixserve.store.files import deletePath
 from nixserve.store.restoring import PathRestorer, restoreNar
-from tests.store.objectfiles import SOURCES, assertCanonical, encode, needsRoot, openFiles, restore, walk
+from tests.store.objectfiles import assertCanonical, encode, needsRoot, openFiles, restore, walk
 from tests.vectors.nar import trees
 from tests.vectors.nar.trees import TREES, File, Link
+
+SOURCES = Path(files.__file__).parents[2]
 
 
 class TestRestore:
