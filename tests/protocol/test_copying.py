@@ -13,15 +13,11 @@ from twisted.logger import globalLogPublisher
 from nixserve.codec.hashes import hashBytes
 from nixserve.errors import RemoteError, StoreError, UsageError
 from nixserve.protocol import transfers
-from nixserve.protocol.client import ServeClient
 from nixserve.protocol.copying import Copied, CopyProgress, MissingReference, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
-from nixserve.protocol.policy import EVERYTHING, Peer
-from nixserve.protocol.server import ServeServer
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy, InvalidPath
-from nixserve.store.memory import MemoryStore
-from nixserve.testing import ImmediateWorkers, ManualWorkers, Pair, addObject, makeInfo, makeNar, result
+from nixserve.testing import FakeStore, Joined, ManualWorkers, addObject, makeInfo, makeNar, result
 
 
 @pytest.fixture(autouse=True)
@@ -61,59 +57,23 @@ class Recorder(CopyProgress):
         self.done.append(info)
 
 
-class SpyingStore:
-    """A store whose sessions count their calls and raise what the lists for them say; C{None} lets a call pass."""
-
-    def __init__(self, store, calls, failures):
-        self._store, self._calls, self._failures = store, calls, failures
-        self.storeDir = store.storeDir
-
-    def openSession(self):
-        """See L{nixserve.store.api.Store}."""
-        return SpyingSession(self._store.openSession(), self._calls, self._failures)
-
-
-class SpyingSession:
-    """Such a session."""
-
-    def __init__(self, session, calls, failures):
-        self._session, self._calls, self._failures = session, calls, failures
-
-    def __getattr__(self, name):
-        method = getattr(self._session, name)
-
-        def call(*args):
-            self._calls[name] += 1
-            failure = self._failures[name].pop(0) if self._failures.get(name) else None
-            if failure is not None:
-                raise failure
-            return method(*args)
-
-        return call if callable(method) else method
-
-
 class Copying:
     """
     A local and a remote store with a client's session between them.
 
-    @ivar calls: how often the remote store's sessions have been asked what.
-    @ivar failures: what they raise.
+    @ivar session: on the local one.
     @ivar dumped: what the client has asked for.
     """
 
     def __init__(self, cut=1 << 20, announced=0x208):
-        self.workers = ImmediateWorkers()
-        self.local, self.remote = MemoryStore(), MemoryStore()
-        self.calls, self.failures = Counter(), {}
-        store = SpyingStore(self.remote, self.calls, self.failures)
-        self.client = ServeClient(self.remote.storeDir)
+        self.local, self.remote = FakeStore(), FakeStore()
+        joined = Joined(self.remote, piece=cut)
+        self.client, self.workers, self.pair, self.turn = joined.client, joined.workers, joined.pair, joined.turn
         # Why there is no version is also why there is no copy.
         self.client.ready.addErrback(lambda _: None)
         self.dumped, dump = [], self.client.dumpStorePath
         self.client.dumpStorePath = lambda path, sink: self.dumped.append(path) or dump(path, sink)
-        self.server = ServeServer(store, self.workers, EVERYTHING, Peer("test"), self.workers.reactor)
-        self.server._connection.announced = self.server._connection.version = announced
-        self.pair = Pair(self.client, self.server, cut)
+        joined.server._connection.announced = joined.server._connection.version = announced
         self.session = self.local.openSession()
         self.progress = Recorder()
 
@@ -126,11 +86,6 @@ class Copying:
         """Start to copy."""
         return copy(self.client, self.here, list(paths), self.progress, **options)
 
-    def turn(self):
-        """What is on its way goes once in each direction."""
-        self.pair._move(self.pair.clientSide, self.pair.serverSide, self.server.dataReceived)
-        self.pair._move(self.pair.serverSide, self.pair.clientSide, self.client.dataReceived)
-
     def run(self, copy, *paths, **options):
         """Copy, to the end, whatever has to be waited for."""
         copied = self.begin(copy, *paths, **options)
@@ -138,13 +93,6 @@ class Copying:
             self.pair.flush()
             self.workers.reactor.advance(1)
         return result(copied)
-
-    def valid(self, store, infos):
-        """Which of them a store has, in order."""
-        session = store.openSession()
-        found = session.queryValidPaths([info.path for info in infos])
-        session.close()
-        return [info for info in infos if info.path in found]
 
 
 LARGE = 70_000
@@ -163,8 +111,8 @@ def makeClosure(count, size=1000):
 
 
 def add(store, closure):
-    """Put it into a store; gives the infos."""
-    session = store.openSession()
+    """Put it into a store, which does not take notice; gives the infos."""
+    session = store.inner.openSession()
     for info, nar in closure:
         addObject(session, info, nar)
     session.close()
@@ -212,7 +160,7 @@ def test_onlyWhatIsMissing(copy):
     add(target, closure[:7])
     copied = joined.run(copy, infos[-1].path)
     assert (timeless(copied.infos), copied.present) == (timeless(infos[7:]), 7)
-    assert joined.calls["addToStore"] == (3 if copy is uploadClosure else 0)
+    assert joined.remote.names.count("addToStore") == (3 if copy is uploadClosure else 0)
     assert len(joined.dumped) == (3 if copy is downloadClosure else 0)
     again = joined.run(copy, infos[-1].path)
     assert again == Copied((), 10)
@@ -225,10 +173,10 @@ def test_uploadAsksOnce():
     copying = joined.begin(uploadClosure, infos[-1].path)
     # The question out and its answer back; then nothing more is delivered to the client.
     joined.turn()
-    assert joined.calls["queryValidPaths"] == joined.calls["addTempRoots"] == 1
+    assert joined.remote.names.count("queryValidPaths") == joined.remote.names.count("addTempRoots") == 1
     joined.pair.clientSide.paused = True
     joined.pair.flush()
-    assert joined.calls["addToStore"] == 50
+    assert joined.remote.names.count("addToStore") == 50
     assert joined.progress.done == []
     joined.pair.clientSide.paused = False
     joined.pair.flush()
@@ -292,7 +240,7 @@ def test_uploadsUnderWay(monkeypatch):
     joined.turn()
     joined.pair.clientSide.paused = True
     joined.pair.flush()
-    assert joined.calls["addToStore"] == transfers.MAX_BATCHES
+    assert joined.remote.names.count("addToStore") == transfers.MAX_BATCHES
     joined.pair.lose()
     with pytest.raises(RemoteError):
         result(copied)
@@ -309,19 +257,19 @@ def test_smallOnesInParts(monkeypatch, most):
     copied = copyClosure(joined.client, DeferredSession(Door(manual), joined.session), [infos[-1].path])
     for _ in range(10):
         joined.pair.flush(manual.drain)
-    assert timeless(result(copied).infos) == timeless(infos) == timeless(joined.valid(joined.local, infos))
+    assert timeless(result(copied).infos) == timeless(infos) == timeless(joined.local.valid(infos))
     assert max(batches) == 4
 
 
 def test_smallOnesTogether():
     """Small paths that come while a worker is busy are registered in its next turn, all at once."""
-    joined, manual, calls = Copying(), ManualWorkers(), Counter()
+    joined, manual = Copying(), ManualWorkers()
     infos = add(joined.remote, makeClosure(50, size=1))
-    here = DeferredSession(Door(manual), SpyingSession(joined.session, calls, {}))
-    copied = copyClosure(joined.client, here, [infos[-1].path])
+    copied = copyClosure(joined.client, DeferredSession(Door(manual), joined.session), [infos[-1].path])
     for _ in range(10):
         joined.pair.flush(manual.drain)
     assert timeless(result(copied).infos) == timeless(infos)
+    calls = Counter(joined.local.names)
     assert calls["addToStore"] == 0 and 1 <= calls["addSmallPaths"] < 10
 
 
@@ -336,20 +284,20 @@ def test_noClosure(copy):
         joined.run(copy, infos[2].path, closure=False)
     assert (raised.value.path, raised.value.reference) == (infos[2].path, infos[1].path)
     assert isinstance(raised.value, UsageError)
-    assert joined.valid(target, infos) == []
+    assert target.valid(infos) == []
     joined = Copying()
     source, target = sides(joined, copy)
     add(source, closure)
     add(target, closure[:2])
     assert timeless(joined.run(copy, infos[2].path, closure=False).infos) == timeless(infos[2:])
-    assert joined.valid(target, infos) == infos
+    assert target.valid(infos) == infos
     joined = Copying()
     source, target = sides(joined, copy)
     add(source, closure)
     add(target, closure[:1])
     both = [infos[2].path, infos[1].path]
     assert timeless(joined.run(copy, *both, closure=False).infos) == timeless(infos[1:])
-    assert joined.valid(target, infos) == infos
+    assert target.valid(infos) == infos
 
 
 class Collector(Recorder):
@@ -361,7 +309,7 @@ class Collector(Recorder):
 
     def planned(self, infos, present):
         super().planned(infos, present)
-        self.store.collectGarbage()
+        self.store.inner.collectGarbage()
 
 
 @pytest.mark.parametrize("options", [{}, {"closure": False}])
@@ -375,7 +323,7 @@ def test_collectorBetween(copy, options):
     add(target, closure[:2])
     joined.progress = Collector(target)
     assert timeless(joined.run(copy, infos[2].path, **options).infos) == timeless(infos[2:])
-    assert joined.valid(target, infos) == infos
+    assert target.valid(infos) == infos
 
 
 @BOTH
@@ -386,12 +334,10 @@ def test_dryRun(copy):
     closure = makeClosure(5)
     infos = add(source, closure)
     add(target, closure[:2])
-    calls = Counter()
-    joined.session = SpyingSession(joined.session, calls, {})
     copied = joined.run(copy, infos[-1].path, dryRun=True)
     assert (timeless(copied.infos), copied.present) == (timeless(infos[2:]), 2)
-    assert joined.valid(target, infos) == infos[:2] and joined.progress.bytes == 0
-    assert calls["addTempRoots"] == 0
+    assert target.valid(infos) == infos[:2] and joined.progress.bytes == 0
+    assert "addTempRoots" not in joined.local.names
 
 
 def test_flags():
@@ -420,7 +366,7 @@ def test_oldServer():
     infos = add(joined.local, makeClosure(5))
     copied = joined.run(uploadClosure, infos[-1].path)
     assert timeless(copied.infos) == timeless(infos) and joined.progress.done == list(copied.infos)
-    assert joined.calls["importPath"] == 5 and joined.progress.bytes > copied.narBytes
+    assert joined.remote.names.count("importPath") == 5 and joined.progress.bytes > copied.narBytes
     joined = Copying(announced=0x203)
     infos = add(joined.remote, makeClosure(2))
     with pytest.raises(RemoteError, match="protocol without hashes"):
@@ -431,15 +377,12 @@ def test_oldServer():
 def test_waitsForLocks(copy):
     """A lock that somebody else holds, or a collector at work, is waited for."""
     joined = Copying()
-    source, _ = sides(joined, copy)
+    source, target = sides(joined, copy)
     infos = add(source, makeClosure(3, LARGE))
-    busy = {"addTempRoots": [Busy("a collector")], "addToStore": [Busy("a lock"), Busy("a lock")]}
-    if copy is uploadClosure:
-        joined.failures.update(busy)
-    else:
-        joined.session = SpyingSession(joined.session, Counter(), busy)
+    target.fail("addTempRoots", Busy("a collector"))
+    target.fail("addToStore", Busy("a lock"), Busy("a lock"))
     assert timeless(joined.run(copy, infos[-1].path).infos) == timeless(infos)
-    assert not any(busy.values())
+    assert target.names.count("addTempRoots") > 1 and target.names.count("addToStore") == 3 + 2
 
 
 @BOTH
@@ -457,15 +400,11 @@ def test_failureHalfWay(copy):
     joined = Copying()
     source, target = sides(joined, copy)
     infos = add(source, makeClosure(10, LARGE))
-    failures = {"addToStore": [None, None, StoreError("the disk is full")]}
-    if copy is uploadClosure:
-        joined.failures.update(failures)
-    else:
-        joined.session = SpyingSession(joined.session, Counter(), failures)
+    target.fail("addToStore", None, None, StoreError("the disk is full"))
     with pytest.raises((StoreError, RemoteError), match="the disk is full"):
         joined.run(copy, infos[-1].path)
     joined.session.close()
-    assert joined.valid(target, infos) == infos[:2]
+    assert target.valid(infos) == infos[:2]
     assert joined.pair.clientSide.aborted
 
 
@@ -475,12 +414,12 @@ def test_damage(copy):
     joined = Copying()
     source, target = sides(joined, copy)
     ((info, nar),) = makeClosure(1)
-    addObject(source.openSession(), info, nar)
+    add(source, [(info, nar)])
     wrong = replace(info, narHash=hashBytes("sha256", b"something else"))
-    source._objects[info.path] = replace(source._objects[info.path], info=wrong)
+    source.inner._objects[info.path] = replace(source.inner._objects[info.path], info=wrong)
     with pytest.raises((StoreError, RemoteError), match="hash mismatch importing path"):
         joined.run(copy, info.path)
-    assert joined.valid(target, [info]) == []
+    assert target.valid([info]) == []
 
 
 def test_tooLong():
@@ -489,7 +428,7 @@ def test_tooLong():
     closure = makeClosure(2, size=100_000)
     infos = add(joined.remote, closure)
     wrong = replace(infos[1], narSize=10)
-    joined.remote._objects[wrong.path] = replace(joined.remote._objects[wrong.path], info=wrong)
+    joined.remote.inner._objects[wrong.path] = replace(joined.remote.inner._objects[wrong.path], info=wrong)
     with pytest.raises((StoreError, RemoteError), match="size mismatch importing path"):
         joined.run(downloadClosure, wrong.path)
     assert joined.pair.clientSide.aborted
@@ -508,10 +447,10 @@ def test_changedHere(difference, position):
     closure = makeClosure(2)
     infos = add(joined.local, closure)
     wrong = replace(infos[position], narSize=infos[position].narSize + difference)
-    joined.local._objects[wrong.path] = replace(joined.local._objects[wrong.path], info=wrong)
+    joined.local.inner._objects[wrong.path] = replace(joined.local.inner._objects[wrong.path], info=wrong)
     with pytest.raises(StoreError, match=f"'{wrong.path}' has changed since it was registered"):
         joined.run(uploadClosure, infos[-1].path)
-    valid = joined.valid(joined.remote, infos)
+    valid = joined.remote.valid(infos)
     assert valid == infos[: len(valid)] and len(valid) <= position
     assert joined.progress.bytes <= sum(info.narSize for info in [*infos[:position], wrong])
 
@@ -531,7 +470,7 @@ def test_connectionLost(copy, turns, size):
     with pytest.raises(RemoteError):
         result(copied)
     joined.session.close()
-    valid = joined.valid(target, infos)
+    valid = target.valid(infos)
     assert valid == infos[: len(valid)]
 
 
