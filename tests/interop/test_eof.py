@@ -7,7 +7,6 @@ servers.
 """
 
 import pytest
-from twisted.internet.defer import execute
 from twisted.internet.task import Clock
 from twisted.logger import globalLogPublisher
 
@@ -15,7 +14,7 @@ from nixserve.protocol.policy import EVERYTHING, Peer
 from nixserve.protocol.server import ServeServer
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
-from nixserve.testing import makeInfo, makeNar
+from nixserve.testing import ImmediateWorkers, RecordingTransport, makeInfo, makeNar
 from tests.interop.conversations import (
     addToStoreNar,
     converse,
@@ -28,42 +27,6 @@ from tests.interop.conversations import (
     queryValidPaths,
 )
 from tests.interop.stores import assertVerified, isSent, temporaryRoots
-
-
-class InlineWorkers:
-    """Does everything at once."""
-
-    def __init__(self):
-        self.reactor = Clock()
-
-    def call(self, function, *args, **kwargs):
-        return execute(function, *args, **kwargs)
-
-
-class Transport:
-    """Records what the server says; takes it as fast as it comes."""
-
-    sent = unsent = 0
-
-    def __init__(self):
-        self.output, self.errors, self.status = b"", b"", None
-
-    def allowUnread(self, size):
-        return 0
-
-    def write(self, data):
-        self.output += data
-
-    def writeError(self, data):
-        self.errors += data
-
-    def exit(self, status):
-        self.status = status
-
-    def registerProducer(self, producer, streaming):
-        pass
-
-    unregisterProducer = pauseProducing = resumeProducing = abortConnection = lambda self: None
 
 
 class Script:
@@ -111,7 +74,8 @@ def quiet():
 
 def play(store, data, pieces):
     """Feed a session some bytes in pieces of some size, then the end of input."""
-    server, transport = ServeServer(store, InlineWorkers(), EVERYTHING, Peer("test"), Clock()), Transport()
+    transport = RecordingTransport()
+    server = ServeServer(store, ImmediateWorkers(), EVERYTHING, Peer("test"), Clock())
     server.makeConnection(transport)
     for start in range(0, len(data), pieces):
         server.dataReceived(data[start : start + pieces])
