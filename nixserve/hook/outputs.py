@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nixserve.codec.derivation import BasicDerivation
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import RemoteError
@@ -16,12 +15,7 @@ from nixserve.protocol.copying import CopyProgress, MissingReference, copyClosur
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.store.api import InvalidPath
 
-__all__ = ["fetchOutputs", "knownOutputs"]
-
-
-def knownOutputs(drv: BasicDerivation) -> frozenset[StorePath]:
-    """The outputs whose paths are known before they are built. The Nix that asks has locked them."""
-    return frozenset(drv.knownOutputPaths.values())
+__all__ = ["fetchOutputs"]
 
 
 async def fetchOutputs(

@@ -36,7 +36,7 @@ from nixserve.hook.conversation import BuildQuestion, BuildTask, Event, HookSett
 from nixserve.hook.inputs import sendInputs
 from nixserve.hook.machines import Machine
 from nixserve.hook.negotiation import Chooser, HookPlaces, NixPipes, Taken
-from nixserve.hook.outputs import fetchOutputs, knownOutputs
+from nixserve.hook.outputs import fetchOutputs
 from nixserve.hook.pipes import PipeToNix, whenReadable
 from nixserve.protocol.buildoutputs import outputsOf, promisedOutputs
 from nixserve.protocol.client import RemoteFailure, ServeClient
@@ -402,8 +402,8 @@ class _Build:
 
     @property
     def known(self) -> frozenset[StorePath]:
-        """The outputs whose paths are known."""
-        return knownOutputs(self.basic)
+        """The outputs whose paths are known. The Nix that asks has locked them."""
+        return frozenset(self.basic.knownOutputPaths.values())
 
     @classmethod
     async def read(cls, here: DeferredSession, drvPath: str, task: BuildTask) -> _Build:

@@ -8,7 +8,6 @@ from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import RemoteError
-from nixserve.hook.outputs import knownOutputs
 from nixserve.protocol.buildoutputs import outputsOf
 
 
@@ -17,7 +16,6 @@ def test_outputs():
     drvPath, known, found = (StorePath(f"/nix/store/{'0' * 32}-{name}") for name in ("x.drv", "known", "x"))
     floating = DerivationOutput(None, "r:sha256")
     drv = BasicDerivation("x", {"out": DerivationOutput(known)}, frozenset(), "x", "x", (), {})
-    assert knownOutputs(drv) == {known}
     assert outputsOf("m", drvPath, drv, BuildResult(BuildStatus.BUILT), [], StoreDir()) == {"out": known}
     drv = BasicDerivation("x", {"out": floating, "dev": floating}, frozenset(), "x", "x", (), {})
     result = BuildResult(BuildStatus.BUILT, builtOutputs={"out": Realisation(found)})
