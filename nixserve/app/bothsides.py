@@ -117,7 +117,7 @@ class RemoteLines:
         self._ended = False
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Take the next bytes of the remote's standard error. Whole lines are shown a moment later."""
         if self._ended:
             return
         *lines, self._rest = (self._rest + data).split(b"\n")

@@ -165,7 +165,7 @@ class _Building:
 
     @property
     def links(self) -> bool:
-        """Shall there be links?"""
+        """Whether links to the outputs are to be made."""
         return not (self.noFetch or self.noOutLink)
 
 

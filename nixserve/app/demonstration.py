@@ -111,14 +111,14 @@ class Narrator:
         """The service runs and the client has logged in."""
 
     def progress(self, what: str) -> CopyProgress:
-        """A copy begins."""
+        """A copy begins. What is returned hears how far it is."""
         return CopyProgress()
 
     def copied(self, what: str, copy: Copy) -> None:
-        """A copy is over."""
+        """A copy is complete."""
 
     def checked(self, paths: int, narBytes: int, seconds: float) -> None:
-        """All hashes are right."""
+        """The contents of all these paths were hashed again where they have arrived, and are right."""
 
     def building(self, recipe: Recipe, paths: int, narBytes: int) -> None:
         """
@@ -136,7 +136,7 @@ class Narrator:
 
 class Demonstration:
     """
-    One run.
+    One run of C{nixserve demo}.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class _Client(ServeClient):
 
     @property
     def moved(self) -> int:
-        """Bytes both ways, the log with them."""
+        """How many bytes went both ways, those of the log included."""
         sent: int = self.transport.sent
         return sent + self._received
 
@@ -352,7 +352,7 @@ def _checkOutput(session: StoreSession, realPath: str, recipe: Recipe) -> None:
 
 
 def _inSession(store: LocalStore, function: Callable[[StoreSession], T]) -> T:
-    """In a worker."""
+    """Call C{function} with a session of its own on C{store}. Blocks: for a worker."""
     session = store.openSession()
     try:
         return function(session)

@@ -20,7 +20,7 @@ Emit = Callable[[Mapping[str, Any]], None]
 
 
 def emitJSON(fact: Mapping[str, Any]) -> None:
-    """Print a fact."""
+    """Print a fact on standard output: one JSON object, on a line of its own."""
     click.echo(json.dumps(fact))
 
 

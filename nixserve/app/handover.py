@@ -209,7 +209,7 @@ def _socketPath(environ: Mapping[str, str]) -> str:
 
 
 def _become(listening: socket.socket, path: str, parent: int, seconds: int, serve: Serve) -> None:
-    """Be the preloaded process."""
+    """Become the preloaded process. Does not return."""
     try:
         os.setsid()
         os.dup2(listening.fileno(), _LISTENING)

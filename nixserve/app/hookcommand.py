@@ -39,11 +39,11 @@ INTERRUPTED = 130
 """What a shell says of a command that SIGINT has ended."""
 
 _POLL_SECONDS, _LATER_POLL_SECONDS = 0.02, 0.2
-"""How often the build whose turn it is looks for a slot, and how often after a while: then what it waits for are no
-builds of tenths of a second. To look takes some milliseconds on a farm of hundreds of slots."""
+"""How often the build whose turn it is looks for a slot, and how often after L{_HASTY_SECONDS}: then what it waits for
+are no builds of tenths of a second. To look takes some milliseconds on a farm of hundreds of slots."""
 
 _HASTY_SECONDS = 2.0
-"""What a while is."""
+"""For so long a build whose turn it is looks for a slot as often as it can."""
 
 
 @dataclass(frozen=True, slots=True)

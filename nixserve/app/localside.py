@@ -92,7 +92,7 @@ class LocalSide:
         return self
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the store, if it was opened."""
         if hasattr(self, "store"):
             self.store.close()
 

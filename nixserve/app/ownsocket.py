@@ -97,7 +97,7 @@ def _clear(path: str) -> None:
 
 
 def _isAlive(path: str) -> bool:
-    """Does anybody listen there?"""
+    """Whether somebody listens on the socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_CONNECT_SECONDS)
         try:

@@ -43,7 +43,7 @@ class Screen:
         self._mutex = threading.Lock()
 
     def line(self, text: str) -> None:
-        """Show a line."""
+        """Show a line on standard error, above the bar if there is one."""
         with self._mutex:
             if self._bar is None:
                 click.echo(text, err=True)

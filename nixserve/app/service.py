@@ -313,7 +313,7 @@ class ServeService(Service):
         return builds
 
     def _abandon(self) -> None:
-        """Starting failed half way."""
+        """Undo what was started: starting has failed half way."""
         self.running = False
         for port in self.ports:
             maybeDeferred(port.stopListening)

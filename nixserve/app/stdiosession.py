@@ -139,4 +139,4 @@ def _startLog(path: str | None) -> None:
 
 @provider(ILogObserver)
 def _drop(event: LogEvent) -> None:
-    """Keep no log."""
+    """The log's observer where nobody has asked for a log: keeps nothing."""

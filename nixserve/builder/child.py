@@ -273,7 +273,7 @@ class _Network:
         return bool(os.read(self._ready, 1)) if self._ready in [fd for fd, _ in poll.poll()] else None
 
     def end(self) -> None:
-        """Kill and reap it."""
+        """Kill the network's helper and wait for its end."""
         os.kill(self._pid, _SIGKILL)
         os.waitpid(self._pid, 0)
 

@@ -378,7 +378,7 @@ class _Patience:
 
 
 def _proceed() -> None:
-    """What is never busy."""
+    """Does nothing. Tried with L{Patience}, it only sees whether the build is cancelled or out of time."""
 
 
 def failed(error: BuildError | FormatError | StoreError | OSError) -> BuildResult:

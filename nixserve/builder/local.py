@@ -155,7 +155,7 @@ class LocalBuilder:
     def _ifValid(
         self, session: LocalSession, drv: BasicDerivation, known: Mapping[str, StorePath]
     ) -> BuildResult | None:
-        """The result, if all outputs are there."""
+        """The result of a build that is not needed, if all outputs are valid."""
         if len(known) < len(drv.outputs) or len(session.queryValidPaths(known.values())) < len(set(known.values())):
             return None
         outputs = realisations(drv, known, self._store.storeDir)

@@ -79,7 +79,7 @@ def _show(lines: bytes) -> bytes:
 
 
 def _showLine(line: bytes) -> bytes:
-    """How one line looks."""
+    """What a terminal shows of one line of the builder's output, with what it overwrites left out."""
     if line.startswith(_JSON_PREFIX):
         message = _message(line.removeprefix(_JSON_PREFIX))
         if message is not None:
@@ -166,7 +166,7 @@ class LogRelay:
             self._dropped = 0
 
     def _append(self, lines: bytes) -> None:
-        """Add to what waits."""
+        """Add lines to those that the thread is to hand over."""
         self._waiting.append(lines)
         self._size += len(lines)
         self._changed.notify()

@@ -164,7 +164,7 @@ def registerOutputs(
 
 
 class _Registration:
-    """One call of L{registerOutputs}."""
+    """What one call of L{registerOutputs} knows, and its steps."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class _Registration:
         self._mismatch: HashMismatch | None = None
 
     def run(self) -> dict[str, StorePath]:
-        """All steps."""
+        """Examine, install, check and register all outputs that are not valid yet."""
         places = self._built.places
         for place in places.values():
             if place.valid and place.known is not None:
@@ -443,7 +443,7 @@ class _Registration:
 
 
 def _proceed() -> None:
-    """What is never busy."""
+    """Does nothing. Tried with L{Patience}, it only sees whether the build is cancelled or out of time."""
 
 
 def _rejected(message: str) -> BuildError:

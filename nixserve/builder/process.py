@@ -137,7 +137,7 @@ class ProcessSpec:
 
 
 class Ending(enum.Enum):
-    """Why a build ended."""
+    """How a builder's process came to its end."""
 
     EXIT = "exit"
     SIGNAL = "signal"
@@ -353,6 +353,6 @@ class _Run:
         return None if first is None else min(_LONGEST_SLEEP, max(0, math.ceil((first - time.monotonic()) * 1000)))
 
     def _expired(self) -> Ending | None:
-        """Which time is up."""
+        """The limit of time that is exceeded, if one is."""
         now = time.monotonic()
         return next((ending for deadline, ending in self._deadlines() if now >= deadline), None)

@@ -37,7 +37,7 @@ class Supervisor:
     """
     A running supervisor.
 
-    @ivar process: its process.
+    @ivar process: of the small program that is the supervisor.
     @ivar control: our end of the socket. Readable when there is a report.
     """
 

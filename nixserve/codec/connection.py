@@ -123,7 +123,7 @@ class _Receiver:
         return self._reader.available
 
     def receiveData(self, data: bytes) -> None:
-        """Bytes have arrived."""
+        """Take bytes that have arrived, cut anywhere."""
         self._reader.feed(data)
 
     def receiveEOF(self) -> None:
@@ -188,7 +188,7 @@ class ServerConnection(_Receiver):
 
     @property
     def state(self) -> State:
-        """Where the conversation stands."""
+        """The state of the conversation, of those in L{nixserve.codec.states}."""
         return self._machine.state
 
     def nextEvent(self) -> ServerEvent | Literal[Pause.NEED_DATA, Pause.PAUSED]:
@@ -402,7 +402,7 @@ class ClientConnection(_Receiver):
         return data
 
     def endNar(self) -> None:
-        """The NAR is complete."""
+        """Go on behind the NAR, of which exactly C{narSize} bytes were sent."""
         if self._narLeft:
             raise LocalProtocolError(f"the NAR ends {self._narLeft} bytes early")
         self._sending.go(Step.NAR_END)

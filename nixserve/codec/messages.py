@@ -108,7 +108,7 @@ class DumpStorePath:
 
 @dataclass(frozen=True, slots=True)
 class ImportPaths:
-    """An export stream follows."""
+    """Add the objects of the export stream that follows."""
 
     command: ClassVar[Command] = Command.IMPORT_PATHS
 

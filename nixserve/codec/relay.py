@@ -28,7 +28,7 @@ MAX_HEADER = 16 * 1024
 
 
 class Frame(enum.IntEnum):
-    """What a frame holds."""
+    """The kinds of frames, by what is in them."""
 
     OUTPUT = 1
     ERROR = 2
@@ -69,7 +69,7 @@ class RelayHeader:
 
 
 def encodeFrame(kind: Frame, data: bytes) -> bytes:
-    """One frame."""
+    """The bytes of one frame."""
     return _HEAD.pack(kind, len(data)) + data
 
 

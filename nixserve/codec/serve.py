@@ -150,7 +150,7 @@ def hasHashes(version: int) -> bool:
 
 
 def readPath(reader: Reader, storeDir: StoreDir) -> Parse[StorePath]:
-    """A store path."""
+    """Read one store path."""
     return storeDir.parse((yield from reader.text(MAX_PATH_SIZE)))
 
 

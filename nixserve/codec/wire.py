@@ -131,7 +131,7 @@ class Reader:
         self.offset = 0
 
     def feed(self, data: bytes) -> None:
-        """Bytes have arrived."""
+        """Take bytes that have arrived, cut anywhere."""
         if self._position == len(self._buffer):
             self._buffer = data
         else:

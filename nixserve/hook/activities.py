@@ -24,7 +24,7 @@ class CopyActivities(CopyProgress):
         """
         @param write: called with lines.
         @param source: what the store is called that is copied from; empty for the one here.
-        @param target: likewise.
+        @param target: what the store is called that is copied to; empty for the one here.
         """
         self._log = log
         self._write = write
@@ -53,7 +53,7 @@ class CopyActivities(CopyProgress):
         self._begin()
 
     def end(self) -> None:
-        """The copy is over, complete or not."""
+        """End the activity: the copy is over, complete or not."""
         for number in filter(None, (self._one, self._all)):
             self._write(self._log.stop(number))
         self._one = self._all = 0

@@ -47,7 +47,7 @@ class Failure:
     """
     What is known of a machine that failed.
 
-    @ivar uri: the machine.
+    @ivar uri: of the machine.
     @ivar reason: of the last failure, one line.
     @ivar count: of failures without a success between them.
     @ivar failedAt: when the last was, in seconds since the epoch.
@@ -71,7 +71,7 @@ class Attempt:
     """
     The right to try a machine. It ends with one of the methods, with the block, or with the process.
 
-    @ivar machine: to be tried.
+    @ivar machine: the one that is to be tried.
     @ivar failure: why it was put aside before, or C{None}. While there is one, nobody else tries the machine.
     """
 

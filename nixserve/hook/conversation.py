@@ -80,7 +80,7 @@ class HookSettings:
     """
     All settings of the Nix that asks, as nix.conf would have them. One that is missing has Nix's default.
 
-    @ivar values: name to text.
+    @ivar values: the text of each setting, by its name.
     """
 
     values: Mapping[str, str] = field(default_factory=dict)
@@ -92,17 +92,17 @@ class HookSettings:
 
     @property
     def builders(self) -> str:
-        """The machines, for L{nixserve.hook.machines.parseMachines}."""
+        """The setting C{builders}: the text for L{nixserve.hook.machines.parseMachines}."""
         return self.values.get("builders", "")
 
     @property
     def system(self) -> str:
-        """Of this machine."""
+        """The platform of this machine, such as C{x86_64-linux}."""
         return self.values.get("system", "")
 
     @property
     def localSystems(self) -> frozenset[str]:
-        """All that this machine builds for itself."""
+        """The platforms that this machine builds for without help."""
         return self.words("extra-platforms") | {self.system}
 
     def words(self, name: str) -> frozenset[str]:
@@ -306,7 +306,7 @@ class HookLog:
         self._nextActivity = pid << 32
 
     def message(self, level: int, text: str) -> bytes:
-        """Something to read."""
+        """A message for the user of Nix; nothing if it is above the verbosity."""
         if level > self._verbosity:
             return b""
         return _line({"action": "msg", "level": level, "msg": _shown(text)})
@@ -334,12 +334,12 @@ class HookLog:
         return number, _line({"action": "start", "id": number, "level": level, "text": text, "type": kind, **more})
 
     def stop(self, number: int) -> bytes:
-        """It ended, well or not."""
+        """Tell Nix that the activity has ended, well or not."""
         return _line({"action": "stop", "id": number})
 
     def result(self, number: int, kind: ResultType, fields: Sequence[str | int]) -> bytes:
         """
-        How far it is.
+        Tell Nix how far the activity is.
 
         @param fields: see L{ResultType}.
         """

@@ -39,7 +39,7 @@ async def sendInputs(
     Have all of C{inputs} on the machine, where they stay until the session ends.
 
     @param inputs: with all that they refer to, valid here.
-    @param claims: of this sender.
+    @param claims: which paths this hook process sends, and no other.
     @param substitute: the machine shall try to fetch them from its own substituters first.
     @param onWait: called with a path that somebody else sends.
     @raise InvalidPath: one of them is not valid here.

@@ -19,7 +19,7 @@ __all__ = ["LastSeen"]
 
 class LastSeen:
     """
-    For all machines.
+    When each machine was last seen at work: one file for each, in one directory.
     """
 
     def __init__(self, directory: str, clock: Callable[[], float]) -> None:

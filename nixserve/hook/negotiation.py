@@ -113,7 +113,7 @@ class NixPipes:
         return self.conversation.accept(machine.uri)
 
     def accept(self, machine: Machine) -> None:
-        """Have the build."""
+        """Tell Nix that this machine takes the build."""
         self.write(self.acceptance(machine))
 
     def sleep(self, seconds: float) -> None:
@@ -145,7 +145,7 @@ class Taken:
 
     @property
     def machine(self) -> Machine:
-        """Which."""
+        """The machine that has the slot."""
         return self.slot.machine
 
     def leave(self) -> None:
@@ -163,7 +163,7 @@ class HookPlaces:
     @ivar claims: directory of L{Claims}.
     @ivar masters: directory of shared connections; or empty if every process is to make its own.
     @ivar persistSeconds: how long one of these stays without a session.
-    @ivar environ: of the user.
+    @ivar environ: the environment of the user whose Nix it is.
     """
 
     layout: StoreLayout

@@ -98,7 +98,7 @@ def whenReadable(reactor: IStreamReactor, fd: int) -> Deferred[None]:
 
 @implementer(IReadDescriptor)
 class _Reader:
-    """Waits once."""
+    """Waits until a descriptor can be read, once, without reading it."""
 
     def __init__(self, reactor: IStreamReactor, fd: int) -> None:
         self.readable: Deferred[None] = Deferred(lambda _: reactor.removeReader(self))
@@ -106,15 +106,15 @@ class _Reader:
         self._fd = fd
 
     def fileno(self) -> int:
-        """For the reactor."""
+        """See C{IFileDescriptor}."""
         return self._fd
 
     def logPrefix(self) -> str:
-        """For the reactor."""
+        """See C{ILoggingContext}."""
         return "requests of Nix"
 
     def doRead(self) -> None:
-        """For the reactor."""
+        """There is something to be read: stop watching, and say so."""
         self._reactor.removeReader(self)
         self.readable.callback(None)
 

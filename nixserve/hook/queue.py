@@ -60,7 +60,7 @@ class Ticket:
 
 class Queue:
     """
-    The places.
+    The places in all lines.
     """
 
     def __init__(self, directory: str, stateDir: str) -> None:

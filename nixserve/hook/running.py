@@ -68,7 +68,7 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class _Connected:
     """
-    A machine that has the build.
+    A machine that is to build, and the session on it.
     """
 
     taken: Taken
@@ -181,7 +181,7 @@ class HookRun:
         """
         Connect to a machine, one after the other.
 
-        @param decision: the first one.
+        @param decision: the machine to begin with, or why there is none.
         @param failed: those that are not to be tried; added to.
         """
         while isinstance(decision, Taken):

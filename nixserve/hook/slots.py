@@ -33,7 +33,7 @@ class Slot:
     """
     One build on a machine, from L{Slots.take} to L{release} or the end of the process, however it ends.
 
-    @ivar machine: where.
+    @ivar machine: on which the build is, or may be.
     @ivar load: how many other builds were there when it was taken.
     """
 

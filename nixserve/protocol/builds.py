@@ -159,7 +159,7 @@ class Builds:
         self._stopping = False
 
     def start(self) -> None:
-        """Begin to take builds."""
+        """Start the threads of builds."""
         self._threads.start()
 
     def stop(self) -> Deferred[None]:
@@ -249,7 +249,7 @@ class Builds:
                 building.cancel()
 
     async def _perform(self, build: _Build) -> BuildResult:
-        """Everything between the wish and the result."""
+        """Carry out one build, from its locks to its result."""
         storeDir = self._store.storeDir.path
         # Beside the sessions of its client, not before them; and not behind the builds of others.
         workers = self._workers.of(f"builds for {build.client.name}", _WORKERS_AT_ONCE)
@@ -344,19 +344,19 @@ class Builds:
             return None
 
     def _unprepare(self, build: _Build) -> None:
-        """In a worker."""
+        """Give back the locks of a build that will not run. Blocks: for a worker."""
         prepared, build.prepared = build.prepared, None
         if prepared is not None:
             prepared.abandon()
 
     def _run(self, build: _Build) -> BuildResult:
-        """In the build's own thread."""
+        """Carry out the build. Blocks until it ends: for a thread of its own."""
         prepared, build.prepared = build.prepared, None
         assert prepared is not None, "it has been prepared"
         return prepared.run(build.log.feed, build.token)
 
     def _release(self, build: _Build) -> None:
-        """In a worker, after everything else."""
+        """Close what the build kept open, after everything else. Blocks: for a worker."""
         try:
             self._unprepare(build)
         finally:

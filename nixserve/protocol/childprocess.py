@@ -44,13 +44,13 @@ class _ChildOutput(InputStream):
 
     @property
     def unread(self) -> int:
-        """Bytes in the pipe."""
+        """How many bytes are in the pipe and were not read."""
         size = array.array("i", [0])
         fcntl.ioctl(self.fileno(), termios.FIONREAD, size)
         return size[0]
 
     def doRead(self) -> Exception | None:
-        """For the reactor."""
+        """Read and deliver. The end of the pipe is also when the child is gone and the pipe is empty."""
         end = super().doRead()
         # Delivering the bytes may have ended everything.
         if end is None and self.exited and not self.disconnected and not self.unread:

@@ -438,7 +438,7 @@ class ServeClient(Protocol):
         self.transport.write(self._connection.sendHello())
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes from the remote."""
+        """Take bytes from the remote, and do what their events say."""
         if self._failure is None:
             self._connection.receiveData(data)
             self._advance()
@@ -518,7 +518,7 @@ class RemoteFailure(RemoteError):
     """
     The remote refused, failed, or is gone.
 
-    @ivar name: which remote.
+    @ivar name: what the remote is called.
     @ivar about: what was being done, or empty.
     @ivar why: how that was noticed here.
     @ivar said: the last lines of its standard error, or empty.

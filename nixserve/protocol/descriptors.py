@@ -62,7 +62,7 @@ class Descriptors:
 
     def take(self, name: str, count: int) -> None:
         """
-        @param name: who wants them.
+        @param name: the key that wants them.
         @raise PolicyError: there are not so many left, or not for this one.
         """
         if self._taken[name] + count > self.total // 2:

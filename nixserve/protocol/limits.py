@@ -38,7 +38,7 @@ class Limits:
     keyRequests: int = 4
 
     def requestsOf(self, trusted: bool) -> int:
-        """Threads for one key."""
+        """In how many worker threads the sessions of one key may be at once."""
         return self.keyRequests if trusted else max(1, self.keyRequests // 2)
 
     def memoryOf(self, trusted: bool) -> tuple[int, str]:

@@ -57,7 +57,7 @@ class _Ledger:
         return self.total + more <= self.limit
 
     def isFirst(self, account: Account) -> bool:
-        """Has nobody waited longer?"""
+        """Whether nobody has waited longer than C{account}."""
         return next(iter(self.line), account) is account
 
 
@@ -89,7 +89,7 @@ class Memory:
         return Account(self, (key, trusted), ledgers, measure)
 
     def forget(self, account: Account) -> None:
-        """A session has ended."""
+        """Take no more account of a session that has ended."""
         self._waiting.pop(account, None)
         if not account.ledgers[0].accounts and self._keys.pop(account.name, None) is not None:
             _key, trusted = account.name
@@ -99,17 +99,17 @@ class Memory:
 
     @property
     def isWaited(self) -> bool:
-        """Does anybody wait?"""
+        """Whether any session waits for room."""
         return bool(self._waiting)
 
     def wait(self, account: Account) -> None:
-        """C{account} looks again when there may be room."""
+        """Have C{account} look again when there may be room."""
         self._waiting[account] = None
         if self._looking is None:
             self._looking = self._clock.callLater(LOOK_SECONDS, self._lookAgain)
 
     def giveUp(self, account: Account) -> None:
-        """C{account} does not wait any more."""
+        """Have C{account} wait no more."""
         self._waiting.pop(account, None)
 
     def look(self) -> None:
@@ -134,7 +134,7 @@ class Account:
     """
     What one session holds.
 
-    @ivar name: whose it is.
+    @ivar name: the key whose session it is, and whether that is trusted.
     @ivar ledgers: where it is counted, the key's first.
     """
 
@@ -241,7 +241,7 @@ class Account:
         return all(ledger.isFirst(self) or self._fits(ledger, self._wanted) for ledger in self.ledgers)
 
     def goOn(self) -> None:
-        """There is room."""
+        """Have the session go on if it waits: there is room."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.callback(None)
@@ -259,7 +259,7 @@ class Account:
             self._memory.look()
 
     def close(self) -> None:
-        """The session has ended."""
+        """The session has ended and holds nothing any more."""
         for ledger in self.ledgers:
             ledger.total -= self._held
             ledger.accounts.discard(self)

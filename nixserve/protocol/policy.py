@@ -60,7 +60,7 @@ class Policy:
         return policy
 
     def cutDownTo(self, other: Policy) -> Policy:
-        """What both allow."""
+        """A policy with the rights that both have."""
         return Policy(self.rights & other.rights)
 
     def demand(self, right: Right, refusal: str) -> None:

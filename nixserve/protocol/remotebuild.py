@@ -223,7 +223,7 @@ class _Building:
     async def root(
         self, drv: StorePath | BasicDerivation, drvPath: StorePath | None, outputs: Collection[str] | None
     ) -> _Job:
-        """What was asked for."""
+        """The job of the derivation that was asked for."""
         if isinstance(drv, StorePath):
             self._origins = frozenset({drv})
             drvPath, drv = drv, (await self._read([drv]))[drv]

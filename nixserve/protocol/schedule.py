@@ -95,7 +95,7 @@ class Schedule:
         return taken
 
     def arrived(self, info: ValidPathInfo) -> None:
-        """The receiving store has it."""
+        """Note that the receiving store has a path."""
         freed = False
         for dependent in self._paths[self._indexes[info.path]].dependents:
             other = self._paths[dependent]
@@ -108,7 +108,7 @@ class Schedule:
 
     @property
     def exhausted(self) -> bool:
-        """Has everything been taken?"""
+        """Whether every path has been taken by some session."""
         return not self._untaken
 
     def changed(self) -> Deferred[None]:

@@ -214,7 +214,7 @@ class ServeServer(Protocol):
         conversation.addBoth(lambda _: self._free())
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes from the peer."""
+        """Take bytes from the peer, and go on with the conversation if it waits for them."""
         if self._exiting:
             return
         self._stall.touch()
@@ -475,7 +475,7 @@ class ServeServer(Protocol):
         self._connection.endStream()
 
     def _pathInfos(self, paths: Collection[StorePath]) -> Iterator[ValidPathInfo]:
-        """In a worker."""
+        """The infos of the valid ones, asked for some hundred at a time. Blocks: for a worker."""
         for batch in batches(inOrder(paths), INFOS_AT_ONCE):
             infos = self._open.queryPathInfos(batch)
             yield from (infos[path] for path in batch if path in infos)
@@ -493,7 +493,7 @@ class ServeServer(Protocol):
             await self._settle()
 
     async def cmd_exportPaths(self, request: ExportPaths) -> None:
-        """An export stream."""
+        """Send the objects as an export stream."""
         await self._stream(request.paths, partial(self._open.exportPaths, request.paths))
 
     async def cmd_addToStoreNar(self, request: AddToStoreNar) -> None:
@@ -686,7 +686,7 @@ class ServeServer(Protocol):
         closing.addCallback(self.ended.callback)
 
     def _closeSession(self) -> None:
-        """In a worker."""
+        """Close the store's session. Blocks: for a worker."""
         if self._session is not None:
             self._session.close()
 

@@ -49,7 +49,7 @@ class StallTimer:
             self._delay = self._clock.callLater(self._seconds / LOOKS, self._look)
 
     def touch(self) -> None:
-        """The peer did something."""
+        """The peer did something: its silence is counted from now on."""
         self._last = self._clock.seconds()
 
     def stop(self) -> None:

@@ -60,7 +60,7 @@ class Stream(abstract.FileDescriptor):
             _enlarge(fd)
 
     def fileno(self) -> int:
-        """For the reactor."""
+        """See C{IFileDescriptor}."""
         return -1 if self.disconnected else self._fd
 
     def connectionLost(self, reason: Failure) -> None:
@@ -81,7 +81,7 @@ class InputStream(Stream):
         self._received = received
 
     def doRead(self) -> Exception | None:
-        """For the reactor."""
+        """Read some bytes and deliver them."""
         try:
             data = os.read(self._fd, READ_SIZE)
         except BlockingIOError:
@@ -113,7 +113,7 @@ class OutputStream(Stream):
         return main.CONNECTION_LOST
 
     def writeSomeData(self, data: bytes) -> int | Exception:
-        """For L{abstract.FileDescriptor}."""
+        """Write as much as the descriptor takes, as L{abstract.FileDescriptor} wants it."""
         written: int | Exception = fdesc.writeToFD(self._fd, data)
         if isinstance(written, int):
             self.sent += written
@@ -283,7 +283,7 @@ class StdioTransport(StreamPair):
             self._ended(reason)
 
     def _unread(self) -> int:
-        """Bytes that wait for their reader."""
+        """How many bytes of both streams were written and have not left."""
         return sum(pendingOf(stream) for stream in (self._output, self._errors) if stream is not None)
 
     def _waitForReader(self, before: int) -> None:

@@ -61,7 +61,7 @@ class Throttle:
         self._holders: set[object] = set()
 
     def pause(self, holder: object) -> None:
-        """C{holder} has enough."""
+        """Pause the transport until C{holder}, and whoever else does so, resumes it."""
         if not self._holders:
             self._transport.pauseProducing()
         self._holders.add(holder)

@@ -211,16 +211,16 @@ class _Arrival:
 
     @property
     def nar(self) -> bytes:
-        """What has come of a small one."""
+        """What has come of it, as long as it is kept in memory."""
         return bytes(self._early)
 
     def request(self, client: ServeClient) -> None:
-        """Ask for it."""
+        """Ask the remote for the NAR."""
         client.dumpStorePath(self.info.path, self._received).addCallbacks(self._completed, self._failed)
 
     async def store(self, here: DeferredSession) -> None:
         """
-        It is its turn.
+        Store it, what has come as well as what will come.
 
         @raise StoreError: it is not what its info says.
         """

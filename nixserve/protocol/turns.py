@@ -49,7 +49,7 @@ class Turns:
         return line
 
     def join(self, line: _Line) -> None:
-        """Calls of C{line} may begin."""
+        """Put C{line} behind the others: it has calls that may begin."""
         self._ready.append(line)
         self._next()
 
@@ -72,7 +72,7 @@ class Turns:
 
 @implementer(IWorkers)
 class _Line:
-    """The calls of one client."""
+    """The calls of one client, in the order in which they came."""
 
     def __init__(self, turns: Turns, atOnce: int) -> None:
         self._atOnce = atOnce

@@ -66,7 +66,7 @@ class Spool:
             yield chunk
 
     def close(self) -> None:
-        """Forget it. Safe to call twice."""
+        """Remove the file. Safe to call twice."""
         self._file.close()
 
 
@@ -108,7 +108,7 @@ class Outgoing:
         self._link.release(upload.client, True)
 
     def abort(self) -> None:
-        """Cut it off. Safe at any time."""
+        """Cut the transfer off. Safe at any time."""
         upload, self._upload = self._upload, None
         self._pieces.clear()
         if upload is not None:
@@ -182,7 +182,7 @@ class RemotePathWriter(ObjectWriter):
 
     @property
     def received(self) -> int:
-        """Bytes that have come."""
+        """How many bytes of the object have come."""
         return self._intake.size
 
     def finish(self) -> None:

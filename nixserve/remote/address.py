@@ -50,7 +50,7 @@ _FOREIGN = re.compile(r"""[\x00-\x20\x7f"'`$\\;&<>|(){}*?!#,/\[\]]""")
 
 
 class Via(enum.Enum):
-    """How to get there."""
+    """The ways to another store."""
 
     OPENSSH = "openssh"
     """The system's C{ssh}, in a child process."""

@@ -86,7 +86,7 @@ class _Lines:
         self._rest = b""
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Pass on the lines that the next bytes make whole."""
         whole, newline, rest = (self._rest + data).rpartition(b"\n")
         self._rest = rest
         if newline:

@@ -99,7 +99,7 @@ class _Newcomer(ServeClient):
     reason: BaseException | None = None
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes from the remote."""
+        """Keep the first bytes as evidence; see L{ServeClient} for the rest."""
         if not self.ready.called:
             self.output = (self.output + data)[:MAX_EVIDENCE]
         super().dataReceived(data)

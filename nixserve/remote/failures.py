@@ -21,7 +21,7 @@ NOT_FOUND = 127
 """What a shell, and env(1), exit with if there is no such command."""
 
 NOT_RUNNABLE = 126
-"""The same if it cannot be run."""
+"""What a shell exits with if the command is there and cannot be run."""
 
 SSH_FAILED = 255
 """What ssh exits with for an error of its own (ssh(1), EXIT STATUS)."""

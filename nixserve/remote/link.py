@@ -49,7 +49,9 @@ class AddingLocks:
 
     def lock(self, path: StorePath, holder: object) -> None:
         """
-        @raise Busy: somebody is adding it.
+        Lock a path for adding it.
+
+        @raise Busy: somebody else is adding it.
         """
         with self._mutex:
             if path in self._holders:
@@ -239,7 +241,7 @@ class Link(Closable):
             self.release(download.client, complete)
 
     def nars(self, paths: Sequence[StorePath]) -> Generator[bytes, None, None]:
-        """The same without anything between them."""
+        """The NARs, one behind the other, and nothing between them."""
         with contextlib.closing(self.dump(paths)) as stream:
             for piece in stream:
                 if piece is not None:

@@ -111,7 +111,9 @@ class SSHMaster:
         return self._turns.run(lambda: Deferred.fromCoroutine(self._start()))
 
     def check(self) -> Deferred[bool]:
-        """Does a master answer?"""
+        """
+        @return: whether a master answers.
+        """
         return Deferred.fromCoroutine(self._answers())
 
     def stop(self) -> Deferred[None]:
@@ -253,11 +255,11 @@ class _Run(Protocol):
         self.errors = b""
 
     def connectionMade(self) -> None:
-        """It runs, and gets no input."""
+        """Give the child no input."""
         self.transport.loseConnection()
 
     def abort(self) -> None:
-        """Kill it."""
+        """Kill the child."""
         self.transport.abortConnection()
 
     def errorReceived(self, data: bytes) -> None:
@@ -265,7 +267,7 @@ class _Run(Protocol):
         self.errors = (self.errors + data)[-MAX_SAID:]
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """It has ended."""
+        """Note how the child has ended."""
         error = reason.value
         if isinstance(error, ProcessTerminated):
             self.status = 128 + error.signal if error.exitCode is None else error.exitCode

@@ -74,11 +74,11 @@ class RemoteSessions:
         return self._keeper
 
     async def upload(self, info: ValidPathInfo) -> Upload:
-        """Begin to send an object."""
+        """Begin to send one object, over a session that is borrowed."""
         return Upload(self._reactor, await self.borrow(), info)
 
     async def download(self, paths: Sequence[StorePath]) -> Download:
-        """Begin to fetch NARs."""
+        """Begin to fetch NARs, over a session that is borrowed."""
         return Download(await self.borrow(), paths)
 
     async def send(self, objects: Sequence[tuple[ValidPathInfo, bytes]], acknowledged: list[StorePath]) -> None:
@@ -110,14 +110,14 @@ class RemoteSessions:
         return await self._connect(_ignore)
 
     def giveBack(self, client: ServeClient) -> None:
-        """Its transfer is complete."""
+        """Take a borrowed session back: its transfer is complete."""
         if self._idle is None and not self._over:
             self._idle = client
         else:
             client.close()
 
     def discard(self, client: ServeClient) -> None:
-        """Its transfer failed, or was given up half way."""
+        """End a borrowed session whose transfer failed or was given up half way."""
         client.cut()
 
     def cut(self) -> None:

@@ -27,7 +27,7 @@ async def severalSessions(
     Several sessions on one store, for the length of an C{async with}. Those through the system's C{ssh} share one
     connection, which ends with them.
 
-    @param count: how many.
+    @param count: how many sessions.
     @param options: as for L{connect}.
     """
     address = url if isinstance(url, RemoteAddress) else RemoteAddress.parse(url)

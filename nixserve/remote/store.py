@@ -119,7 +119,7 @@ class RemoteSession(Closable, StoreSession):
 
     @property
     def sessions(self) -> RemoteSessions:
-        """The remote ones; only for the reactor's thread."""
+        """The sessions there. Only for the reactor's thread."""
         return self._link.sessions
 
     def addTempRoots(self, paths: Collection[StorePath]) -> None:

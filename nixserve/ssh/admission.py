@@ -107,7 +107,7 @@ class Admission:
     # Coming and going
 
     def enter(self, newcomer: Newcomer) -> None:
-        """Somebody has come."""
+        """Count a new connection; where there are too many now, one is turned away."""
         self._waitedFor[newcomer] = 0
         if self._tick is None:
             self._tick = self._clock.callLater(TICK_SECONDS, self._ticked)

@@ -351,7 +351,7 @@ class _ClientConnection(PacedConnection):
         self.protocolFactory = protocolFactory
 
     def serviceStarted(self) -> None:
-        """Logged in."""
+        """The login is over: open the channel."""
         super().serviceStarted()
         self.openChannel(_ClientChannel(self.transport.clock))
 

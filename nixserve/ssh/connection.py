@@ -38,7 +38,7 @@ class PacedConnection(SSHConnection):
 
     @property
     def _log(self) -> ConchLog:  # type: ignore[override]
-        """Over Conch's."""
+        """In the place of Conch's own logger."""
         return ConchLog(self.transport.log)
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ class KeyWatch:
             self._call = self._clock.callLater(LOOK_SECONDS, self._look)
 
     def discard(self, connection: LoggedIn) -> None:
-        """It is gone."""
+        """Watch a connection no more: it is gone."""
         self._watched.pop(connection, None)
         if not self._watched and self._call is not None:
             self._call.cancel()

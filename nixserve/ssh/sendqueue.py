@@ -70,7 +70,7 @@ class SendQueue:
         return False, data
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop everything that is queued."""
         self._out.clear()
         self._error.clear()
         self.outSize = self.errorSize = 0

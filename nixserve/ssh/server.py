@@ -568,8 +568,8 @@ class ServeFactory(SSHFactory):
 
     @ivar admission: the connections that have not logged in.
     @ivar watch: those that have.
-    @ivar shares: of the reactor's time, for these.
-    @ivar connections: all of them.
+    @ivar shares: of the reactor's time, for those that have.
+    @ivar connections: all connections, logged in or not.
     @ivar budgets: how much may be logged about whom.
     """
 

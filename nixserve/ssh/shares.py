@@ -35,7 +35,7 @@ class Worker(Protocol):
 
 class Shares:
     """
-    Those of one port.
+    How much of the reactor's time the keys of one port have used.
     """
 
     def __init__(self, clock: IReactorTime) -> None:

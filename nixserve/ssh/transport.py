@@ -194,7 +194,7 @@ class PacedTransport(transport.SSHTransportBase):
         return addressText(self.transport.getPeer())
 
     def connectionLost(self, reason: Failure | None = None) -> None:
-        """Tell the running service, once."""
+        """Tell the running service, and only once."""
         self._ending = True
         if self._lingering is not None and self._lingering.active():
             self._lingering.cancel()

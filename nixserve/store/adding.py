@@ -183,7 +183,7 @@ class Adder:
         Step 6: those in front of the first whose lock is not to be had.
 
         @param locks: added to, for those that are not in C{valid}.
-        @param stack: abandons them.
+        @param stack: gives up what was locked, if it is closed before they are added.
         """
         with contextlib.suppress(StoreError):
             for info, nar in batch:
@@ -381,7 +381,7 @@ class _Writer(ObjectWriter):
 
     @property
     def received(self) -> int:
-        """Bytes that have come."""
+        """How many bytes of the object have come."""
         return self._restorer.narSize
 
     def _free(self) -> None:
@@ -474,7 +474,7 @@ class LocalPathWriter(_Writer):
 
 class LocalImportWriter(_Writer):
     """
-    L{nixserve.store.api.ImportWriter}.
+    L{nixserve.store.api.ImportWriter} of a store on disk.
     """
 
     def finish(self, path: StorePath, references: Collection[StorePath], deriver: StorePath | None) -> None:

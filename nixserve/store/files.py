@@ -92,7 +92,9 @@ class _Chunks:
         return chunk
 
     def flush(self) -> bytes:
-        """What there is."""
+        """
+        @return: the pieces that make no full chunk yet, as one.
+        """
         chunk = b"".join(self._pieces)
         self._pieces = []
         self.room = self._size

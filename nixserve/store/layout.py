@@ -68,7 +68,7 @@ class StoreLayout:
 
     @property
     def dbDir(self) -> str:
-        """The database and its companions."""
+        """The directory of the database and what belongs to it."""
         return f"{self.stateDir}/db"
 
     @property

@@ -284,7 +284,7 @@ class _Buffer(Intake):
 
     @property
     def nar(self) -> bytes:
-        """All that came."""
+        """The whole NAR."""
         return b"".join(self._pieces)
 
     def forget(self) -> None:

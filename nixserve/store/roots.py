@@ -222,7 +222,7 @@ class _Conversation:
             self._exchange()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection to the collector."""
         self._socket.close()
 
     def _wait(self, deadline: float) -> bool:

@@ -42,7 +42,7 @@ class Upload(Protocol):
 
 class Uploads:
     """
-    Of one store. Safe from any thread; nothing blocks.
+    The objects that are being sent to one store. Safe from any thread; nothing blocks.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Uploads:
                 del self._uploads[path]
 
     def of(self, path: StorePath) -> Upload | None:
-        """Who sends this path."""
+        """The upload of a path, if anybody sends it."""
         with self._mutex:
             return self._uploads.get(path)
 
