@@ -1,5 +1,6 @@
 """The layers: who may import whom, read from the import statements of every module."""
 
+import ast
 import re
 import sys
 
@@ -98,6 +99,51 @@ def test_versionsAreComparedInOnePlace():
     """Only one module takes a version of the protocol apart: what a version has others ask it."""
     apart = {moduleName(file) for file in MODULES if re.search(r"\bminorOf\b|ersion & 0xFF", file.read_text())}
     assert apart == {"nixserve.codec.serve"}
+
+
+def defined(source):
+    """The names that a module makes itself, rather than import them."""
+    names = set()
+    for statement in ast.parse(source).body:
+        for node in ast.walk(statement) if isinstance(statement, ast.If | ast.Try) else [statement]:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return names
+
+
+def detours(source, homes):
+    """
+    The names in the C{source} of a module that it does not take from where they are made.
+
+    @param homes: the names that each module makes, by its dotted name; without packages, which offer those of others.
+    """
+    return [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module in homes
+        for alias in node.names
+        if alias.name not in homes[node.module]
+    ]
+
+
+def test_oneAddress():
+    """Each name is imported from the module that defines it, and from no other."""
+    homes = {moduleName(file): defined(file.read_text()) for file in MODULES if file.name != "__init__.py"}
+    found = {file: detours(file.read_text(), homes) for file in [*MODULES, *ROOT.glob("tests/**/*.py")]}
+    assert {file: names for file, names in found.items() if names} == {}
+
+
+def test_detoursAreSeen():
+    """A name that is passed on is no name of the module that passes it on."""
+    homes = {
+        "nixserve.a": defined("x, y = 1, 2\nclass C: ...\ntry:\n    z = 3\nfinally:\n    pass"),
+        "nixserve.b": set(),
+    }
+    assert detours("from nixserve.a import C, x, y, z\nfrom nixserve.c import v", homes) == []
+    assert detours("def f():\n    from nixserve.b import C, x", homes) == ["nixserve.b.C", "nixserve.b.x"]
 
 
 def test_modulesAreFound():

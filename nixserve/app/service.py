@@ -30,9 +30,10 @@ from twisted.python.failure import Failure
 from nixserve import __version__
 from nixserve.app.ownsocket import OwnSocket
 from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, parseStore, readConfig
-from nixserve.builder.local import LocalBuilder, SandboxMode, removeAbandoned
+from nixserve.builder.local import LocalBuilder, removeAbandoned
 from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.builder.sandbox import sandboxProblem
+from nixserve.builder.settings import SandboxMode
 from nixserve.errors import FormatError, NixServeError, UsageError
 from nixserve.protocol.building import IBuilds
 from nixserve.protocol.builds import Builds

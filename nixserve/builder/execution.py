@@ -28,8 +28,8 @@ from nixserve.builder.users import BuildUser
 from nixserve.builder.workspace import Workspace, makeBuildDir
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import OutputKind
+from nixserve.codec.messages import BuildDerivation
 from nixserve.codec.realisation import realisations
-from nixserve.codec.serve import BuildDerivation
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy

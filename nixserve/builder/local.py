@@ -31,8 +31,8 @@ from nixserve.codec import base32
 from nixserve.codec.buildresult import BuildResult, BuildStatus
 from nixserve.codec.derivation import BasicDerivation, OutputKind, derivationName, drvPathOf
 from nixserve.codec.hashes import Hash
+from nixserve.codec.messages import BuildDerivation
 from nixserve.codec.realisation import realisations
-from nixserve.codec.serve import BuildDerivation
 from nixserve.codec.storepath import StorePath, checkName, outputPathName
 from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
@@ -40,7 +40,7 @@ from nixserve.store.files import deletePath
 from nixserve.store.local import LocalSession, LocalStore
 from nixserve.store.pathlocks import LOCK_SUFFIX, PathLocks
 
-__all__ = ["BuildSettings", "LocalBuilder", "PreparedBuild", "SandboxMode", "removeAbandoned"]
+__all__ = ["LocalBuilder", "PreparedBuild", "removeAbandoned"]
 
 #: Of a directory that must not exist, because C{HOME} names it.
 _HOMELESS: Final = "/homeless-shelter"

@@ -18,9 +18,9 @@ from enum import Enum
 
 from nixserve.codec.buildresult import BuildResult, exitStatus
 from nixserve.codec.derivation import BasicDerivation, Derivation, derivationName
+from nixserve.codec.messages import BuildPathsResult
 from nixserve.codec.peertext import peerText
 from nixserve.codec.resolution import basicDerivation, mustResolve, resolve
-from nixserve.codec.serve import BuildPathsResult
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import FormatError, StoreError
 from nixserve.store.api import Busy, StoreSession

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from nixserve.builder.sandbox import SandboxPath, findShell
-from nixserve.codec.serve import BuildOptions
+from nixserve.codec.messages import BuildOptions
 
 __all__ = ["EXTRA_JOBS", "BuildSettings", "SandboxMode", "defaultSystemFeatures", "hostPlatforms"]
 

@@ -41,19 +41,9 @@ from nixserve.codec.events import (
     ServerEvent,
     VersionAgreed,
 )
+from nixserve.codec.messages import AddToStoreNar, Command, ExportPaths, Request
 from nixserve.codec.nar import MAX_CHUNK, NarParser
-from nixserve.codec.serve import (
-    SERVE_VERSION,
-    AddToStoreNar,
-    Command,
-    ExportPaths,
-    Request,
-    readCommand,
-    readRequest,
-    replyPieces,
-    writeReply,
-    writeRequest,
-)
+from nixserve.codec.serve import SERVE_VERSION, readCommand, readRequest, replyPieces, writeReply, writeRequest
 from nixserve.codec.states import (
     CLIENT_RECEIVING,
     CLIENT_SENDING,
@@ -67,25 +57,7 @@ from nixserve.codec.storepath import StoreDir
 from nixserve.codec.wire import MAX_REPLY_SIZE, MAX_REQUEST_SIZE, Parse, Reader, encodeU64
 from nixserve.errors import FormatError, LocalProtocolError, RemoteProtocolError
 
-__all__ = [
-    "NEED_DATA",
-    "PAUSED",
-    "ClientConnection",
-    "ClientEvent",
-    "EndOfExport",
-    "EndOfImport",
-    "EndOfInput",
-    "EndOfNar",
-    "Hello",
-    "ImportedItem",
-    "NarData",
-    "Pause",
-    "Reply",
-    "RequestStarted",
-    "ServerConnection",
-    "ServerEvent",
-    "VersionAgreed",
-]
+__all__ = ["ClientConnection", "ServerConnection"]
 
 
 _STREAMED: Final = frozenset({Command.DUMP_STORE_PATH, Command.EXPORT_PATHS})

@@ -31,8 +31,8 @@ from nixserve.builder.plan import BuildPlan, PlannedBuild
 from nixserve.builder.process import CancelToken
 from nixserve.builder.settings import EXTRA_JOBS
 from nixserve.codec.buildresult import BuildResult, BuildStatus
+from nixserve.codec.messages import BuildDerivation, BuildOptions, BuildPaths, BuildPathsResult
 from nixserve.codec.peertext import hidePaths, peerText
-from nixserve.codec.serve import BuildDerivation, BuildOptions, BuildPaths, BuildPathsResult
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError
 from nixserve.protocol.building import BuildClient, IBuilds

@@ -21,27 +21,16 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from nixserve.codec.buildresult import BuildResult
-from nixserve.codec.connection import (
-    ClientConnection,
-    EndOfExport,
-    EndOfInput,
-    EndOfNar,
-    ImportedItem,
-    NarData,
-    Pause,
-    Reply,
-    VersionAgreed,
-)
+from nixserve.codec.connection import ClientConnection
 from nixserve.codec.derivation import BasicDerivation
-from nixserve.codec.messages import Command
-from nixserve.codec.pathinfo import ValidPathInfo
-from nixserve.codec.serve import (
-    MAX_INFOS_ASKED,
+from nixserve.codec.events import EndOfExport, EndOfInput, EndOfNar, ImportedItem, NarData, Pause, Reply, VersionAgreed
+from nixserve.codec.messages import (
     AddToStoreNar,
     BuildDerivation,
     BuildOptions,
     BuildPaths,
     BuildPathsResult,
+    Command,
     DumpStorePath,
     ExportPaths,
     ImportItem,
@@ -50,11 +39,9 @@ from nixserve.codec.serve import (
     QueryPathInfos,
     QueryValidPaths,
     Request,
-    batches,
-    dependsOnVersion,
-    hasCommand,
-    hasHashes,
 )
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.serve import MAX_INFOS_ASKED, batches, dependsOnVersion, hasCommand, hasHashes
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import LocalProtocolError, NixServeError, RemoteError
 from nixserve.protocol.interfaces import IErrorReceiver, IServeTransport

@@ -27,7 +27,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from nixserve.codec.connection import (
+from nixserve.codec.connection import ServerConnection
+from nixserve.codec.derivation import drvPathOf, verifyBasicDerivation
+from nixserve.codec.events import (
     EndOfImport,
     EndOfInput,
     EndOfNar,
@@ -36,14 +38,10 @@ from nixserve.codec.connection import (
     NarData,
     Pause,
     RequestStarted,
-    ServerConnection,
     ServerEvent,
     VersionAgreed,
 )
-from nixserve.codec.derivation import drvPathOf, verifyBasicDerivation
-from nixserve.codec.pathinfo import ValidPathInfo
-from nixserve.codec.peertext import hidePaths, peerText
-from nixserve.codec.serve import (
+from nixserve.codec.messages import (
     AddToStoreNar,
     BuildDerivation,
     BuildOptions,
@@ -56,9 +54,10 @@ from nixserve.codec.serve import (
     QueryPathInfos,
     QueryValidPaths,
     Request,
-    batches,
-    inOrder,
 )
+from nixserve.codec.pathinfo import ValidPathInfo
+from nixserve.codec.peertext import hidePaths, peerText
+from nixserve.codec.serve import batches, inOrder
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, PolicyError, RemoteProtocolError
 from nixserve.protocol.building import BuildClient, IBuilds

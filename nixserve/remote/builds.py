@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from zope.interface import implementer
 
 from nixserve.codec.buildresult import BuildResult
-from nixserve.codec.serve import BuildDerivation, BuildPaths, BuildPathsResult
+from nixserve.codec.messages import BuildDerivation, BuildPaths, BuildPathsResult
 from nixserve.codec.terminal import MAX_LINE
 from nixserve.errors import PolicyError
 from nixserve.protocol.building import BuildClient, IBuilds

@@ -22,9 +22,10 @@ from nixserve.codec.derivation import (
     parseDerivation,
 )
 from nixserve.codec.hashes import Hash
+from nixserve.codec.messages import ImportItem
 from nixserve.codec.nar import Contents, Directory, EndDirectory, Event, NarParser, Regular
 from nixserve.codec.pathinfo import Signature, ValidPathInfo, topoSort
-from nixserve.codec.serve import ImportItem, writeExportMarker, writeImportItem
+from nixserve.codec.serve import writeExportMarker, writeImportItem
 from nixserve.codec.storepath import HASH_PART_LENGTH, MAX_NAME_LENGTH, StoreDir, StorePath
 from nixserve.errors import FormatError, StoreError
 from nixserve.store.drvhashes import DerivationMemo, FindingHashes

@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from nixserve.codec.serve import Command, ImportItem, writeExportMarker, writeImportItem
+from nixserve.codec.messages import Command, ImportItem
+from nixserve.codec.serve import writeExportMarker, writeImportItem
 from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import makeInfo, makeNar
 from tests.app.box import HELLO, TIMEOUT, number

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from nixserve.builder import execution, openfiles
-from nixserve.builder.local import BuildSettings, LocalBuilder, SandboxMode, removeAbandoned
+from nixserve.builder.local import LocalBuilder, removeAbandoned
 from nixserve.builder.process import CancelToken
 from nixserve.builder.sandbox import SandboxPath, findShell, sandboxProblem
+from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, saysHashMismatch
 from nixserve.codec.derivation import (
     BasicDerivation,
@@ -29,7 +30,7 @@ from nixserve.codec.derivation import (
     verifyBasicDerivation,
 )
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.serve import BuildDerivation, BuildOptions
+from nixserve.codec.messages import BuildDerivation, BuildOptions
 from nixserve.codec.storepath import StorePath
 from nixserve.store.api import Busy
 from nixserve.store.files import hashPath

@@ -3,7 +3,8 @@
 import pytest
 
 from nixserve.codec.buildresult import UNKNOWN_DRV_HASH, BuildResult, BuildStatus, Realisation, exitStatus
-from nixserve.codec.serve import BuildDerivation, Command, readReply, writeReply
+from nixserve.codec.messages import BuildDerivation, Command
+from nixserve.codec.serve import readReply, writeReply
 from nixserve.codec.wire import Reader
 from nixserve.errors import FormatError
 from tests.vectors.serve.messages import DERIVATION, ONES_DRV, STORE_DIR, ZEROS, captured, path, wire

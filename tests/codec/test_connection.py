@@ -5,10 +5,11 @@ import random
 import pytest
 
 from nixserve.codec import connection, serve
-from nixserve.codec.connection import (
+from nixserve.codec.buildresult import BuildResult
+from nixserve.codec.connection import ClientConnection, ServerConnection
+from nixserve.codec.events import (
     NEED_DATA,
     PAUSED,
-    ClientConnection,
     EndOfExport,
     EndOfImport,
     EndOfInput,
@@ -18,18 +19,19 @@ from nixserve.codec.connection import (
     NarData,
     Reply,
     RequestStarted,
-    ServerConnection,
     VersionAgreed,
 )
-from nixserve.codec.serve import (
+from nixserve.codec.messages import (
     AddToStoreNar,
     BuildPaths,
+    BuildPathsResult,
     Command,
     DumpStorePath,
     ExportPaths,
     ImportItem,
     ImportPaths,
     QueryClosure,
+    QueryPathInfos,
     QueryValidPaths,
 )
 from nixserve.codec.states import CLIENT_RECEIVING, CLIENT_SENDING, SERVER_POSTPONED, SERVER_STEPS, State
@@ -76,7 +78,7 @@ def joined(events):
 class Server:
     """A server that answers every request with nothing."""
 
-    EMPTY = {Command.QUERY_PATH_INFOS: {}, Command.BUILD_PATHS: serve.BuildPathsResult()}
+    EMPTY = {Command.QUERY_PATH_INFOS: {}, Command.BUILD_PATHS: BuildPathsResult()}
 
     def __init__(self):
         self.connection = ServerConnection(STORE_DIR)
@@ -95,7 +97,7 @@ class Server:
             machine.startStream()
             machine.endStream()
         elif command is Command.BUILD_DERIVATION:
-            self.sent += machine.sendReply(serve.BuildResult(9))
+            self.sent += machine.sendReply(BuildResult(9))
         elif command in (Command.ADD_TO_STORE_NAR, Command.IMPORT_PATHS):
             self.sent += machine.sendReply(None)
         else:
@@ -568,8 +570,8 @@ def scriptedClient(minor):
     client.sent += serve.writeExportMarker(False)
     machine.endImport()
     client.send(QueryValidPaths(frozenset([*everything, path("missing")]), substitute=True))
-    client.send(serve.QueryPathInfos(frozenset([*everything, path("missing")])))
-    client.send(serve.QueryPathInfos(frozenset()))
+    client.send(QueryPathInfos(frozenset([*everything, path("missing")])))
+    client.send(QueryPathInfos(frozenset()))
     client.send(DumpStorePath(APP.path))
     client.send(QueryClosure(frozenset({APP.path})))
     client.send(QueryClosure(frozenset({IMPORTED.path}), includeOutputs=True))
@@ -622,7 +624,7 @@ def test_clientSaysWhatTheScriptSays():
 
 def test_repliesAreReadByTheLowerVersion():
     """A client that announces less hears replies of its own version."""
-    client = Client(0x203).send(serve.QueryPathInfos(frozenset({ZEROS})))
+    client = Client(0x203).send(QueryPathInfos(frozenset({ZEROS})))
     client.feed(ANSWER + wire(ZEROS, "", [], 7, 7, ""))
     assert client.events[0] == VersionAgreed(0x203)
     assert client.events[1].value[ZEROS].narSize == 7
@@ -683,7 +685,7 @@ def test_requestsBeforeTheVersionIsKnown():
     client.send(QueryClosure(frozenset()))
     client.feed(ANSWER + wire([]))
     client.send(BuildPaths(())).feed(wire(0))
-    assert [event.value for event in client.events[1:]] == [frozenset(), serve.BuildPathsResult()]
+    assert [event.value for event in client.events[1:]] == [frozenset(), BuildPathsResult()]
 
 
 def test_repliesComeInOrder():

@@ -11,17 +11,20 @@ from nixserve.codec import serve
 from nixserve.codec.aterm import MAX_STRINGS
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.hashes import Hash
-from nixserve.codec.pathinfo import ValidPathInfo
-from nixserve.codec.serve import (
+from nixserve.codec.messages import (
     AddToStoreNar,
     BuildDerivation,
     BuildOptions,
     BuildPaths,
     Command,
     DumpStorePath,
+    ImportItem,
+    ImportPaths,
     QueryClosure,
+    QueryPathInfos,
     QueryValidPaths,
 )
+from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir
 from nixserve.codec.wire import MAX_SET_SIZE, Reader
 from nixserve.errors import FormatError
@@ -75,19 +78,19 @@ def requestOf(row):
     """What the reply of a row may have been asked for."""
     match row.command:
         case Command.QUERY_VALID_PATHS:
-            return serve.QueryValidPaths(row.value)
+            return QueryValidPaths(row.value)
         case Command.QUERY_PATH_INFOS:
-            return serve.QueryPathInfos(frozenset(row.value))
+            return QueryPathInfos(frozenset(row.value))
         case Command.QUERY_CLOSURE:
-            return serve.QueryClosure(frozenset())
+            return QueryClosure(frozenset())
         case Command.BUILD_DERIVATION:
             return BuildDerivation(ONES_DRV, DERIVATION)
         case Command.BUILD_PATHS:
-            return serve.BuildPaths(())
+            return BuildPaths(())
         case Command.IMPORT_PATHS:
-            return serve.ImportPaths()
+            return ImportPaths()
         case Command.ADD_TO_STORE_NAR:
-            return serve.AddToStoreNar(LIB)
+            return AddToStoreNar(LIB)
 
 
 def readerOf(row):
@@ -453,7 +456,7 @@ EXPORTED = bytes.fromhex(
 def test_exportStreamExample():
     """The stream of one small file: 224 bytes, of which the NAR is 120 without its marker."""
     assert len(EXPORTED) == 232 - 8
-    item = serve.ImportItem(ZEROS, frozenset(), None)
+    item = ImportItem(ZEROS, frozenset(), None)
     narEnd = EXPORTED.index(b"NIXE")
     assert serve.writeExportMarker(True) == EXPORTED[:8]
     assert serve.writeImportItem(item) + serve.writeExportMarker(False) == EXPORTED[narEnd:]
@@ -465,7 +468,7 @@ def test_exportItem():
     """References, deriver, and a signature of the old kind, which is skipped."""
     refs = sorted([path("a"), path("b")])
     data = wire(0x4558494E, ZEROS, refs, ONES_DRV, 1, "signature of 1.x")
-    item = serve.ImportItem(ZEROS, frozenset(refs), ONES_DRV)
+    item = ImportItem(ZEROS, frozenset(refs), ONES_DRV)
     for pieces in cuts(data):
         assert parse(lambda reader: serve.readImportItem(reader, STORE_DIR), pieces) == (item, b"")
     assert serve.writeImportItem(item) == wire(0x4558494E, ZEROS, refs, ONES_DRV, 0)

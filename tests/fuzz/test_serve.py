@@ -4,18 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nixserve.codec.buildresult import BuildResult
-from nixserve.codec.connection import (
-    NEED_DATA,
-    PAUSED,
-    ClientConnection,
-    EndOfInput,
-    NarData,
-    RequestStarted,
-    ServerConnection,
-    State,
-)
-from nixserve.codec.relay import FrameReader, RelayHeader, encodeFrame
-from nixserve.codec.serve import (
+from nixserve.codec.connection import ClientConnection, ServerConnection
+from nixserve.codec.events import NEED_DATA, PAUSED, EndOfInput, NarData, RequestStarted
+from nixserve.codec.messages import (
     BuildDerivation,
     BuildPaths,
     BuildPathsResult,
@@ -25,6 +16,8 @@ from nixserve.codec.serve import (
     QueryClosure,
     QueryPathInfos,
 )
+from nixserve.codec.relay import FrameReader, RelayHeader, encodeFrame
+from nixserve.codec.states import State
 from nixserve.errors import FormatError, RemoteProtocolError
 from tests.vectors.serve.messages import (
     CLIENT_MAGIC,

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from nixserve.builder.local import BuildSettings, LocalBuilder
+from nixserve.builder.local import LocalBuilder
 from nixserve.builder.plan import BuildPlan
 from nixserve.builder.process import CancelToken
 from nixserve.builder.sandbox import findShell, sandboxProblem
+from nixserve.builder.settings import BuildSettings
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.derivation import BasicDerivation
-from nixserve.codec.serve import BuildDerivation, BuildOptions
+from nixserve.codec.messages import BuildDerivation, BuildOptions
 from nixserve.codec.storepath import StoreDir
 from nixserve.store.api import Busy
 from nixserve.store.layout import StoreLayout

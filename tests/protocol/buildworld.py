@@ -10,7 +10,7 @@ from twisted.python.failure import Failure
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
-from nixserve.codec.serve import BuildDerivation, BuildOptions
+from nixserve.codec.messages import BuildDerivation, BuildOptions
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.protocol.building import BuildClient
 from nixserve.protocol.builds import Builds

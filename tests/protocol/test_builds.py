@@ -7,7 +7,7 @@ import pytest
 from twisted.internet.defer import CancelledError
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus
-from nixserve.codec.serve import BuildOptions
+from nixserve.codec.messages import BuildOptions
 from nixserve.errors import StoreError
 from nixserve.protocol.builds import EXTRA_SECONDS
 from nixserve.protocol.turns import Turns

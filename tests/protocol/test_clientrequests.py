@@ -6,8 +6,8 @@ from twisted.internet.error import ConnectionDone, ProcessDone, ProcessTerminate
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from nixserve.codec.messages import ImportItem
-from nixserve.codec.serve import BuildOptions, writeExportMarker, writeImportItem
+from nixserve.codec.messages import BuildOptions, ImportItem
+from nixserve.codec.serve import writeExportMarker, writeImportItem
 from nixserve.errors import LocalProtocolError, RemoteError
 from nixserve.protocol.client import CLOSE_SECONDS, RemoteFailure, ServeClient
 from nixserve.protocol.workers import Door

@@ -10,13 +10,13 @@ from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 
 from nixserve.codec.buildresult import BuildStatus
+from nixserve.codec.messages import Command
 from nixserve.codec.serve import (
     EXPORT_MAGIC,
     MAX_ERROR_SIZE,
     MAX_INFOS_ASKED,
     MAX_SIGNATURE_SIZE,
     MAX_SIGNATURES,
-    Command,
     readRequest,
     writeReply,
 )

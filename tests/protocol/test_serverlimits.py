@@ -5,7 +5,8 @@ import tracemalloc
 import pytest
 from twisted.internet.task import Clock
 
-from nixserve.codec.serve import Command, writeReply
+from nixserve.codec.messages import Command
+from nixserve.codec.serve import writeReply
 from nixserve.protocol.limits import FULL_WINDOW, Limits
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer
 from nixserve.protocol.server import (

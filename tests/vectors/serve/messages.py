@@ -21,8 +21,7 @@ from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput
 from nixserve.codec.hashes import Hash
-from nixserve.codec.pathinfo import ValidPathInfo
-from nixserve.codec.serve import (
+from nixserve.codec.messages import (
     AddToStoreNar,
     BuildDerivation,
     BuildOptions,
@@ -36,6 +35,7 @@ from nixserve.codec.serve import (
     QueryPathInfos,
     QueryValidPaths,
 )
+from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 
 HERE = Path(__file__).parent
