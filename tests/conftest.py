@@ -1,7 +1,7 @@
 """
 What holds for all tests.
 
-They follow the packages: the tests of C{nixserve/codec/nar.py} are in C{tests/codec/test_nar.py}; what a module does
+They follow the packages: the tests of C{nixserve/codec/wire.py} are in C{tests/codec/test_wire.py}; what a module does
 together with others, in a file beside it that says so. Beside the packages are C{interop}, against real Nix and real
 SSH; C{fuzz}, whatever bytes arrive; C{docs}, what the documentation says; and C{bench}, programs that measure, which
 compare with the real pair in the same run and print ratios.

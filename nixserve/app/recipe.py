@@ -29,7 +29,8 @@ from nixserve.codec.derivation import (
     unparse,
 )
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import Contents, Regular, encodeNar
+from nixserve.codec.nar import Contents, Regular
+from nixserve.codec.narwriter import encodeNar
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
 from nixserve.store.api import StoreSession

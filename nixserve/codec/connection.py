@@ -42,7 +42,8 @@ from nixserve.codec.events import (
     VersionAgreed,
 )
 from nixserve.codec.messages import AddToStoreNar, Command, ExportPaths, Request
-from nixserve.codec.nar import MAX_CHUNK, NarParser
+from nixserve.codec.nar import MAX_CHUNK
+from nixserve.codec.narparser import NarParser
 from nixserve.codec.serve import SERVE_VERSION, readCommand, readRequest, replyPieces, writeReply, writeRequest
 from nixserve.codec.states import (
     CLIENT_RECEIVING,

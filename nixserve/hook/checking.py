@@ -20,7 +20,7 @@ from twisted.internet.defer import Deferred
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.derivation import BasicDerivation, DerivationOutput, drvPathOf, unparse
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import regularEnd, regularStart
+from nixserve.codec.narwriter import regularEnd, regularStart
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.serve import versionText
 from nixserve.codec.storepath import StoreDir, StorePath

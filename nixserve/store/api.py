@@ -23,7 +23,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import BasicDerivation, Derivation, drvPathOf, unparse
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import regularEnd, regularStart
+from nixserve.codec.narwriter import regularEnd, regularStart
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import StoreError

@@ -23,7 +23,8 @@ from nixserve.codec.derivation import (
 )
 from nixserve.codec.hashes import Hash
 from nixserve.codec.messages import ImportItem
-from nixserve.codec.nar import Contents, Directory, EndDirectory, Event, NarParser, Regular
+from nixserve.codec.nar import Contents, Directory, EndDirectory, Event, Regular
+from nixserve.codec.narparser import NarParser
 from nixserve.codec.pathinfo import Signature, ValidPathInfo, topoSort
 from nixserve.codec.serve import writeExportMarker, writeImportItem
 from nixserve.codec.storepath import HASH_PART_LENGTH, MAX_NAME_LENGTH, StoreDir, StorePath

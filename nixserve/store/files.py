@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from nixserve.codec.hashes import Hash
-from nixserve.codec.nar import (
-    MAX_CHUNK,
+from nixserve.codec.nar import MAX_CHUNK
+from nixserve.codec.narwriter import (
     MAX_NODE_HEADER,
     directoryEnd,
     directoryStart,

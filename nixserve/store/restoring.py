@@ -13,17 +13,9 @@ import time
 from collections.abc import Iterable
 
 from nixserve.codec.hashes import Hash
-from nixserve.codec.nar import (
-    BadArchive,
-    Contents,
-    Directory,
-    Event,
-    NarParser,
-    Regular,
-    Symlink,
-    regularEnd,
-    regularStart,
-)
+from nixserve.codec.nar import BadArchive, Contents, Directory, Event, Regular, Symlink
+from nixserve.codec.narparser import NarParser
+from nixserve.codec.narwriter import regularEnd, regularStart
 from nixserve.errors import NixServeError, StoreError
 from nixserve.store.contents import MAX_PATH_SIZE, checkPathSize
 from nixserve.store.fileerrors import fileSystemErrors, refused, shortened

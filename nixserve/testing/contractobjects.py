@@ -17,7 +17,8 @@ from nixserve.codec.derivation import (
     parseDerivation,
 )
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import Directory, EndDirectory, encodeNar
+from nixserve.codec.nar import Directory, EndDirectory
+from nixserve.codec.narwriter import encodeNar
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import FormatError, NixServeError, StoreError
 from nixserve.store.api import Busy, InvalidPath

@@ -10,7 +10,8 @@ from typing import Any
 
 from nixserve.codec.contentaddress import ContentAddressMethod
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import Contents, Directory, EndDirectory, Event, Regular, Symlink, encodeNar
+from nixserve.codec.nar import Contents, Directory, EndDirectory, Event, Regular, Symlink
+from nixserve.codec.narwriter import encodeNar
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.store.api import StoreSession

@@ -5,7 +5,7 @@ A store here and one that builds, joined in memory, for builds on the other one.
 from nixserve.codec.contentaddress import ContentAddress, ContentAddressMethod
 from nixserve.codec.derivation import Derivation, DerivationOutput, drvPathOf, outputPaths, unparse
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import regularEnd, regularStart
+from nixserve.codec.narwriter import regularEnd, regularStart
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir
 from nixserve.protocol.remotebuild import buildRemotely

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from nixserve.codec.nar import encodeNar
+from nixserve.codec.narwriter import encodeNar
 from nixserve.store.files import dumpPath
 from nixserve.store.restoring import restorePath
 from tests.vectors.nar import trees

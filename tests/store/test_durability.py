@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nixserve.codec.nar import directoryEnd, directoryStart, regularEnd, regularStart, symlinkNode
+from nixserve.codec.narwriter import directoryEnd, directoryStart, regularEnd, regularStart, symlinkNode
 from nixserve.store.api import addWhole
 from nixserve.store.durability import Durability
 from nixserve.store.local import LocalStore

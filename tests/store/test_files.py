@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import MAX_CHUNK, Contents, Directory, EndDirectory, Regular, Symlink, encodeNar
+from nixserve.codec.nar import MAX_CHUNK, Contents, Directory, EndDirectory, Regular, Symlink
+from nixserve.codec.narwriter import encodeNar
 from nixserve.errors import StoreError
 from nixserve.store import files
 from nixserve.store.files import (

@@ -17,7 +17,8 @@ from dataclasses import replace
 import pytest
 
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import Contents, Directory, EndDirectory, Regular, encodeNar, regularStart
+from nixserve.codec.nar import Contents, Directory, EndDirectory, Regular
+from nixserve.codec.narwriter import encodeNar, regularStart
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import NixServeError, StoreError, UsageError
 from nixserve.store import adding

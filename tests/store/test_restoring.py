@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from nixserve.codec.hashes import hashBytes
-from nixserve.codec.nar import BadArchive, Contents, Directory, Regular, Symlink, encodeNar
+from nixserve.codec.nar import BadArchive, Contents, Directory, Regular, Symlink
+from nixserve.codec.narwriter import encodeNar
 from nixserve.errors import FormatError, StoreError
 from nixserve.store import files
 from nixserve.store.files import deletePath

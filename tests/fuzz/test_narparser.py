@@ -3,7 +3,9 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nixserve.codec.nar import BadArchive, NarParser, encodeNar
+from nixserve.codec.nar import BadArchive
+from nixserve.codec.narparser import NarParser
+from nixserve.codec.narwriter import encodeNar
 from tests.vectors.nar.trees import TREES, joined, nar
 
 ARCHIVES = [nar(name) for name in sorted(TREES)]
