@@ -1,19 +1,13 @@
 """
 A conversation in the serve protocol: L{ServerConnection} and L{ClientConnection}; bytes in, events out.
 
-Theory of operation. A connection object holds no socket and calls nobody. Its owner feeds it what arrives
-(C{receiveData}, C{receiveEOF}), takes events out with C{nextEvent} until that answers L{NEED_DATA} or L{PAUSED},
-and sends the bytes that the other methods return. Where the conversation stands is one of the states in
-L{nixserve.codec.states}, and every step, whoever makes it, is a row of a table there; a step
-without a row is an error: of the peer if it came from the wire (L{RemoteProtocolError}), ours otherwise
-(L{LocalProtocolError}). After an error the connection is dead: the protocol has no way to say "never mind".
+A connection object holds no socket and calls nobody. Its owner feeds it what arrives (C{receiveData}, C{receiveEOF}),
+takes events out with C{nextEvent} until that answers C{NEED_DATA} or C{PAUSED} (L{nixserve.codec.events}), and sends
+the bytes that the other methods return. Which steps are possible when, L{nixserve.codec.states} says, theory and
+tables.
 
 Whose fault something is, is decided here once: a L{FormatError} caused by bytes of the peer becomes a
 L{RemoteProtocolError}.
-
-The server reads one request after the other, like Nix: between the end of a request and the end of its reply
-L{ServerConnection.nextEvent} answers L{PAUSED}, and what arrives waits; unless its owner postpones the reply, to see
-first whether more of the kind follows. The client may have any number of requests under way; replies come in order.
 """
 
 from __future__ import annotations
@@ -166,8 +160,10 @@ class ServerConnection(_Receiver):
 
     def nextEvent(self) -> ServerEvent | Literal[Pause.NEED_DATA, Pause.PAUSED]:
         """
-        What has happened.
+        What has happened next.
 
+        @return: an event; L{NEED_DATA} if it takes more bytes, or the end of input, to tell; L{PAUSED} if a request is
+            complete whose reply has been neither sent nor postponed.
         @raise RemoteProtocolError: the peer broke a rule; again on every further call.
         """
         event: ServerEvent | Literal[Pause.NEED_DATA, Pause.PAUSED] = self._nextEvent()
@@ -333,8 +329,10 @@ class ClientConnection(_Receiver):
 
     def nextEvent(self) -> ClientEvent | Literal[Pause.NEED_DATA, Pause.PAUSED]:
         """
-        What has happened. L{EndOfInput} is seen only where no reply is owed.
+        What has happened next.
 
+        @return: an event, among them L{EndOfInput} only where no reply is owed; L{NEED_DATA} if it takes more bytes, or
+            the end of input, to tell.
         @raise RemoteProtocolError: the peer broke a rule; again on every further call.
         """
         event: ClientEvent | Literal[Pause.NEED_DATA, Pause.PAUSED] = self._nextEvent()

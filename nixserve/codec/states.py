@@ -1,6 +1,30 @@
 """
-The states of a conversation in the serve protocol, and every step from one to another, as tables. Their owner is
-L{nixserve.codec.connection}.
+The states of a conversation in the serve protocol, and every step from one to another, as tables. The connection
+objects of L{nixserve.codec.connection} move along them.
+
+Theory of operation. Each side first says hello: a magic number and a version. The lower version is spoken from there
+on, and no request that depends on it may be sent before it is known. Then the client makes requests and the server
+answers each, in the order of the requests. There is no reply that says "no": whoever cannot go on ends the session. The
+client ends it otherwise, by an end of input between two requests.
+
+What the B{server} receives and sends is one sequence, as with Nix: request, reply, request. So it is one machine
+(L{SERVER_STEPS}), and between the end of a request and that of its reply the connection object is paused: what arrives
+meanwhile waits. But where small requests of one kind come without waiting for answers, the owner may put off a reply
+(C{POSTPONE}) and read on, to work them off together. A second machine (L{SERVER_POSTPONED}) then stands for the replies
+that are owed: they come before any other, and even behind the end of input.
+
+The B{client} may have any number of requests under way. So sending (L{CLIENT_SENDING}) and receiving
+(L{CLIENT_RECEIVING}) are two machines that do not wait for each other. How many replies are owed, and to which
+requests, is no state but a queue: of requests sent and not answered. With an empty one any reply is a mistake; with
+another one the end of input is.
+
+Three things are as long as the peer wants, and have states of their own: a NAR within a request or reply (C{NAR}), an
+export stream (C{IMPORT}, which alternates with a NAR and what is said of it, on the side that reads it), and a reply
+that is sent in pieces (C{STREAM}).
+
+A step without a row is an error: of the peer if it came from the wire (L{nixserve.errors.RemoteProtocolError}), ours
+otherwise (L{nixserve.errors.LocalProtocolError}). After an error a machine is C{FAILED} and allows nothing: the
+protocol has no way to say "never mind".
 """
 
 from __future__ import annotations
