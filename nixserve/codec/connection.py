@@ -44,8 +44,8 @@ from nixserve.codec.states import (
     CLIENT_SENDING,
     SERVER_POSTPONED,
     SERVER_STEPS,
-    Machine,
     State,
+    StateMachine,
     Step,
 )
 from nixserve.codec.storepath import StoreDir
@@ -146,9 +146,9 @@ class ServerConnection(_Receiver):
         super().__init__(storeDir)
         self.announced = announced
         self.version = announced
-        self._machine = Machine(State.MAGIC, SERVER_STEPS)
+        self._machine = StateMachine(State.MAGIC, SERVER_STEPS)
         self._command = Command.QUERY_VALID_PATHS
-        self._replying = Machine(State.IDLE, SERVER_POSTPONED)
+        self._replying = StateMachine(State.IDLE, SERVER_POSTPONED)
         self._postponed: deque[Command] = deque()
         # Replies in the stream that is being sent.
         self._streams = 0
@@ -244,7 +244,7 @@ class ServerConnection(_Receiver):
                 self._postponed.popleft()
 
     @property
-    def _replyMachine(self) -> Machine:
+    def _replyMachine(self) -> StateMachine:
         """The one in which the next reply is a step."""
         return self._replying if self._postponed else self._machine
 
@@ -322,8 +322,8 @@ class ClientConnection(_Receiver):
         super().__init__(storeDir)
         self.announced = announced
         self.version: int | None = None
-        self._sending = Machine(State.HELLO, CLIENT_SENDING)
-        self._receiving = Machine(State.MAGIC, CLIENT_RECEIVING)
+        self._sending = StateMachine(State.HELLO, CLIENT_SENDING)
+        self._receiving = StateMachine(State.MAGIC, CLIENT_RECEIVING)
         self._unanswered: deque[Request] = deque()
         self._narLeft = 0
 

@@ -38,8 +38,8 @@ __all__ = [
     "CLIENT_SENDING",
     "SERVER_POSTPONED",
     "SERVER_STEPS",
-    "Machine",
     "State",
+    "StateMachine",
     "Step",
 ]
 
@@ -140,7 +140,7 @@ CLIENT_RECEIVING: dict[tuple[State, Step], State] = {
 """What the client receives, independent of what it sends meanwhile."""
 
 
-class Machine:
+class StateMachine:
     """One state, moved along one table."""
 
     __slots__ = ("_steps", "state")
