@@ -35,7 +35,7 @@ from nixserve.errors import BuildError, FormatError, StoreError
 from nixserve.store.api import Busy
 from nixserve.store.files import deletePath
 from nixserve.store.local import LocalSession, LocalStore
-from nixserve.store.logs import BuildLog
+from nixserve.store.logs import BuildLogFile
 from nixserve.store.pathlocks import vacate
 
 __all__ = ["Build", "Execution", "failed"]
@@ -180,7 +180,7 @@ class Execution:
         )
         if not self._settings.keepLogs:
             return runBuilder(spec, log, limits, cancel)
-        with contextlib.closing(BuildLog(self._store.layout, build.request.drvPath)) as record:
+        with contextlib.closing(BuildLogFile(self._store.layout, build.request.drvPath)) as record:
             return runBuilder(spec, log, limits, cancel, record.write)
 
     def _spec(self, workspace: Workspace, patience: _Patience) -> ProcessSpec:

@@ -17,7 +17,7 @@ from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.layout import StoreLayout
 from nixserve.store.ownpaths import makeOwnDirectory
 
-__all__ = ["BuildLog", "buildLogPath"]
+__all__ = ["BuildLogFile", "buildLogPath"]
 
 
 def buildLogPath(layout: StoreLayout, drvPath: StorePath) -> str:
@@ -26,7 +26,7 @@ def buildLogPath(layout: StoreLayout, drvPath: StorePath) -> str:
     return f"{layout.logDir}/drvs/{baseName[:2]}/{baseName[2:]}.bz2"
 
 
-class BuildLog:
+class BuildLogFile:
     """
     A log being written: fed by one thread at a time, then closed.
 

@@ -17,7 +17,7 @@ from nixserve.hook.machines import parseMachines
 from nixserve.hook.queue import Queue
 from nixserve.ssh.keys import AuthorizedKeysFile, loadHostKey
 from nixserve.store.layout import StoreLayout
-from nixserve.store.logs import BuildLog
+from nixserve.store.logs import BuildLogFile
 from nixserve.store.ownpaths import UnsafePath
 from tests.app.box import refused
 
@@ -157,14 +157,14 @@ def test_buildLogs(opened, tmp_path):
     """A log does not follow a link to another file, and lies where nobody else can put one."""
     drvPath = StorePath("/nix/store/" + "0" * 32 + "-x.drv")
     with pytest.raises(StoreError, match=OPEN):
-        BuildLog(StoreLayout(StoreLayout.underRoot("/").storeDir, "/s", "/t", str(opened)), drvPath)
+        BuildLogFile(StoreLayout(StoreLayout.underRoot("/").storeDir, "/s", "/t", str(opened)), drvPath)
     layout = StoreLayout.underRoot(str(tmp_path))
-    log = BuildLog(layout, drvPath)
+    log = BuildLogFile(layout, drvPath)
     log.close()
     (tmp_path / "precious").write_text("precious")
     os.unlink(log.path)
     os.symlink(tmp_path / "precious", log.path)
-    log = BuildLog(layout, drvPath)
+    log = BuildLogFile(layout, drvPath)
     log.write(b"a line")
     log.close()
     assert (tmp_path / "precious").read_text() == "precious" and not os.path.islink(log.path)

@@ -8,7 +8,7 @@ import pytest
 
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import StoreError
-from nixserve.store.logs import BuildLog, buildLogPath
+from nixserve.store.logs import BuildLogFile, buildLogPath
 
 DRV = StorePath("/nix/store/jask8v368xn0v6hx55qgprkclq72bx57-fail.drv")
 
@@ -28,7 +28,7 @@ def test_path(layout):
 def test_bytesAsTheyCome(layout):
     """Every byte is kept, in whatever pieces it comes."""
     pieces = [b"", b"one\r\n", b"@nix {}\n", bytes(range(256)), b"no newline"]
-    log = BuildLog(layout, DRV)
+    log = BuildLogFile(layout, DRV)
     for piece in pieces:
         log.write(piece)
     log.close()
@@ -38,7 +38,7 @@ def test_bytesAsTheyCome(layout):
 def test_large(layout):
     """A log larger than what bzip2 compresses at once, most of which is on disk before the end."""
     data = os.urandom(1024 * 1024)
-    log = BuildLog(layout, DRV)
+    log = BuildLogFile(layout, DRV)
     for _ in range(3):
         log.write(data)
     assert os.path.getsize(log.path) > 1024 * 1024
@@ -48,7 +48,7 @@ def test_large(layout):
 
 def test_empty(layout):
     """A builder that says nothing leaves a log, of 14 bytes."""
-    BuildLog(layout, DRV).close()
+    BuildLogFile(layout, DRV).close()
     assert os.path.getsize(buildLogPath(layout, DRV)) == 14
     assert contents(layout) == b""
 
@@ -56,7 +56,7 @@ def test_empty(layout):
 def test_secondBuild(layout):
     """The log of an earlier build goes."""
     for text in (b"a long first log\n", b"second\n"):
-        log = BuildLog(layout, DRV)
+        log = BuildLogFile(layout, DRV)
         log.write(text)
         log.close()
     assert contents(layout) == b"second\n"
@@ -64,7 +64,7 @@ def test_secondBuild(layout):
 
 def test_twoAtOnce(layout):
     """Two builds under one name do not write into each other's log; the later one stays."""
-    logs = [BuildLog(layout, DRV) for _ in range(2)]
+    logs = [BuildLogFile(layout, DRV) for _ in range(2)]
     for log, text in zip(logs, (b"a long first log\n", b"second\n"), strict=True):
         log.write(text)
     for log in reversed(logs):
@@ -74,7 +74,7 @@ def test_twoAtOnce(layout):
 
 def test_closeTwice(layout):
     """Closing again changes nothing."""
-    log = BuildLog(layout, DRV)
+    log = BuildLogFile(layout, DRV)
     log.write(b"x")
     log.close()
     log.close()
@@ -85,7 +85,7 @@ def test_mode(layout):
     """Others may read it, as far as the umask permits."""
     old = os.umask(0o027)
     try:
-        log = BuildLog(layout, DRV)
+        log = BuildLogFile(layout, DRV)
     finally:
         os.umask(old)
     log.close()
@@ -94,7 +94,7 @@ def test_mode(layout):
 
 def test_fullDisk(layout):
     """A disk that is full is an error of the store, and closing closes the file all the same."""
-    log = BuildLog(layout, DRV)
+    log = BuildLogFile(layout, DRV)
     log._file.close()
     log._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed by close
     with pytest.raises(StoreError, match=r"writing build log .*: No space left"):
@@ -110,14 +110,14 @@ def test_cannotCreate(layout):
     with open(f"{layout.logDir}/drvs", "w"):
         pass
     with pytest.raises(StoreError, match="creating build log"):
-        BuildLog(layout, DRV)
+        BuildLogFile(layout, DRV)
 
 
 @pytest.mark.interop
 def test_nixReadsIt(layout, nix):
     """C{nix-store --read-log} gives the same bytes."""
     data = b"line\n" * 100_000 + bytes(range(256))
-    log = BuildLog(layout, DRV)
+    log = BuildLogFile(layout, DRV)
     log.write(data)
     log.close()
     assert nix("--read-log", DRV) == data
