@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 
-from nixserve.app.running import runReactor
+from nixserve.app.react import runReactor
 from nixserve.codec.terminal import MAX_LINE, onOneLine, printable
 from nixserve.errors import NixServeError
 from nixserve.protocol.client import ServeClient

@@ -37,7 +37,7 @@ def demo(noSSH: bool, noSandbox: bool) -> None:
     # Twisted takes 0.3 s to import, which the other commands need not spend.
     from nixserve.app.demonstration import Demonstration
     from nixserve.app.narration import PrintingNarrator
-    from nixserve.app.running import runReactor
+    from nixserve.app.react import runReactor
 
     click.secho(f"nixserve {__version__}", bold=True)
     click.echo()

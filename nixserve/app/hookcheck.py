@@ -17,7 +17,7 @@ from twisted.internet.defer import gatherResults
 
 from nixserve.app.facts import emitJSON
 from nixserve.app.hookcommand import readMachines
-from nixserve.app.running import runReactor
+from nixserve.app.react import runReactor
 from nixserve.app.settings import chooseStore
 from nixserve.app.statedirs import hookStateDir
 from nixserve.builder.settings import hostPlatforms

@@ -171,7 +171,7 @@ class _Hook:
         return decision
 
     def _run(self, question: BuildQuestion, taken: Taken, accepted: bool) -> int:
-        from nixserve.app.running import runReactor
+        from nixserve.app.react import runReactor
         from nixserve.hook.running import HookRun
 
         def main(reactor: IServiceReactor) -> Coroutine[Any, Any, int]:

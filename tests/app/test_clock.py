@@ -23,7 +23,7 @@ time.time = lambda: _real() - 3600 * os.path.exists(_file)
 
 _COMMAND = """
 from twisted.internet.task import deferLater
-from nixserve.app.running import runReactor
+from nixserve.app.react import runReactor
 
 async def main(reactor):
     due = deferLater(reactor, 0.01)

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from nixserve.app.running import runReactor
+from nixserve.app.react import runReactor
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.protocol.copying import copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
