@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nixserve.app.bothsides import BothSides
     from nixserve.app.progress import CopyReport, Screen
     from nixserve.protocol.copying import Copied
-    from nixserve.protocol.remotebuild import RemoteBuild, RemotePlan
+    from nixserve.protocol.remotebuild import RemoteBuildResult, RemotePlan
 
 __all__ = ["build"]
 
@@ -81,7 +81,7 @@ def build(
     emit = emitJSON if asJSON else emitNothing
     settings = BuildOptions(maxSilentTime, buildTimeout, maxLogSize, keepFailed=keepFailed)
     try:
-        status = _Building(on, settings, asJSON, drvs, **options).run()
+        status = _BuildCommand(on, settings, asJSON, drvs, **options).run()
     except NixServeError as e:
         emit(errorFact(e))
         raise
@@ -89,7 +89,7 @@ def build(
 
 
 @dataclass(slots=True)
-class _Building:
+class _BuildCommand:
     """
     What the command line asks for.
     """
@@ -153,7 +153,7 @@ class _Building:
         else:
             local.openForWriting("leave the outputs there with --no-fetch, or name a store of your own with --store")
 
-    def _tellFailed(self, done: RemoteBuild, address: RemoteAddress, screen: Screen) -> None:
+    def _tellFailed(self, done: RemoteBuildResult, address: RemoteAddress, screen: Screen) -> None:
         lines = done.result.errorMsg.strip().splitlines()
         if self.asJSON:
             message = "\n".join(map(printable, lines))
@@ -179,14 +179,14 @@ class _Session:
 
     def __init__(
         self,
-        asked: _Building,
+        asked: _BuildCommand,
         address: RemoteAddress,
         local: LocalSide,
         targets: list[Target],
         screen: Screen,
         report: CopyReport,
     ) -> None:
-        self.failed: list[RemoteBuild] = []
+        self.failed: list[RemoteBuildResult] = []
         self.results: list[BuildResult] = []
         self._asked = asked
         self._address = address
@@ -228,7 +228,7 @@ class _Session:
             if not self._asked.keepGoing:
                 return
 
-    async def _build(self, sides: BothSides, target: Target) -> RemoteBuild:
+    async def _build(self, sides: BothSides, target: Target) -> RemoteBuildResult:
         from nixserve.protocol.remotebuild import buildRemotely
 
         names: set[str] = {derivationName(other.drvPath) for other in self._targets}
@@ -266,7 +266,7 @@ class _Session:
             err=True,
         )
 
-    def _tellBuilt(self, done: RemoteBuild, links: Mapping[str, str]) -> None:
+    def _tellBuilt(self, done: RemoteBuildResult, links: Mapping[str, str]) -> None:
         if self._asked.asJSON:
             emitJSON(
                 {

@@ -58,14 +58,14 @@ def copy(asJSON: bool, **options: Any) -> None:
     """
     emit = emitJSON if asJSON else emitNothing
     try:
-        _Copying.fromOptions(asJSON=asJSON, **options).run()
+        _CopyCommand.fromOptions(asJSON=asJSON, **options).run()
     except NixServeError as e:
         emit(errorFact(e))
         raise
 
 
 @dataclass(frozen=True, slots=True)
-class _Copying:
+class _CopyCommand:
     """
     What the command line asks for.
 
@@ -84,7 +84,7 @@ class _Copying:
     paths: tuple[str, ...]
 
     @classmethod
-    def fromOptions(cls, to: str | None, source: str | None, substitute: bool, **options: Any) -> _Copying:
+    def fromOptions(cls, to: str | None, source: str | None, substitute: bool, **options: Any) -> _CopyCommand:
         """
         @raise click.UsageError: some do not go together.
         """

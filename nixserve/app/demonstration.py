@@ -42,7 +42,7 @@ from nixserve.store.api import StoreSession
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 
-__all__ = ["Build", "Copy", "Demonstration", "Narrator", "Server"]
+__all__ = ["BuildFigures", "CopyFigures", "Demonstration", "Narrator", "Server"]
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class CopyFigures:
     """
     One way of the closure.
 
@@ -83,9 +83,9 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
+class BuildFigures:
     """
-    A build there, and what came of it here.
+    What a build there has taken, until its output was here.
 
     @ivar confined: in a sandbox.
     @ivar seconds: from the request to the result.
@@ -114,7 +114,7 @@ class Narrator:
         """A copy begins. What is returned hears how far it is."""
         return CopyProgress()
 
-    def copied(self, what: str, copy: Copy) -> None:
+    def copied(self, what: str, copy: CopyFigures) -> None:
         """A copy is complete."""
 
     def checked(self, paths: int, narBytes: int, seconds: float) -> None:
@@ -130,7 +130,7 @@ class Narrator:
     def said(self, line: str) -> None:
         """A line of the log of the build."""
 
-    def built(self, build: Build) -> None:
+    def built(self, build: BuildFigures) -> None:
         """The output is here, and is right."""
 
 
@@ -264,7 +264,7 @@ class Demonstration:
     ) -> None:
         begun = time.monotonic()
         copied = await copyClosure(source, target, [root], progress=self._narrator.progress(what))
-        self._narrator.copied(what, Copy(copied, time.monotonic() - begun))
+        self._narrator.copied(what, CopyFigures(copied, time.monotonic() - begun))
 
     async def _check(self, source: LocalStore, target: LocalStore, root: StorePath) -> None:
         begun = time.monotonic()
@@ -273,7 +273,7 @@ class Demonstration:
 
     async def _build(self, client: _Client, store: LocalStore, sample: Sample) -> None:
         """
-        Build there and fetch the output.
+        BuildFigures there and fetch the output.
 
         @raise RemoteError: it did not build.
         @raise StoreError: the output is not what it should be.
@@ -291,7 +291,7 @@ class Demonstration:
             await copyClosure(client, here, [recipe.output])
             moved = client.moved - before
             await here.call(_checkOutput, here.session, store.layout.realPath(recipe.output), recipe)
-        self._narrator.built(Build(self._confined, seconds, moved, size))
+        self._narrator.built(BuildFigures(self._confined, seconds, moved, size))
 
     def _path(self, name: str) -> str:
         return f"{self._directory}/{name}"

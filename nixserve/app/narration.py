@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import click
 
-from nixserve.app.demonstration import HOST, Build, Copy, Narrator, Server
+from nixserve.app.demonstration import HOST, BuildFigures, CopyFigures, Narrator, Server
 from nixserve.app.progress import CopyReport, Screen
 from nixserve.app.recipe import Recipe
 from nixserve.app.sample import Sample
@@ -47,7 +47,7 @@ class PrintingNarrator(Narrator):
         """See L{Narrator}."""
         return CopyReport(Screen(), f"  {what}")
 
-    def copied(self, what: str, copy: Copy) -> None:
+    def copied(self, what: str, copy: CopyFigures) -> None:
         """See L{Narrator}."""
         if not self._isTable:
             self._isTable = True
@@ -76,7 +76,7 @@ class PrintingNarrator(Narrator):
         click.secho("            │ ", dim=True, nl=False)
         click.echo(line)
 
-    def built(self, build: Build) -> None:
+    def built(self, build: BuildFigures) -> None:
         """See L{Narrator}."""
         place = "in a sandbox" if build.confined else "without a sandbox"
         _step("built", f"{place}, in {build.seconds:.3f} s")

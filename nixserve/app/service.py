@@ -36,7 +36,7 @@ from nixserve.builder.sandbox import sandboxProblem
 from nixserve.builder.settings import SandboxMode
 from nixserve.errors import FormatError, NixServeError, UsageError
 from nixserve.protocol.building import IBuilds
-from nixserve.protocol.builds import Builds
+from nixserve.protocol.builds import LocalBuilds
 from nixserve.protocol.descriptors import Descriptors
 from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Policy
@@ -198,7 +198,7 @@ class ServeService(Service):
         self._environ = environ
         self._workers: Workers | None = None
         self._store: Store | None = None
-        self._builds: Builds | None = None
+        self._builds: LocalBuilds | None = None
         self._socket: OwnSocket | None = None
 
     def startService(self) -> None:
@@ -293,7 +293,7 @@ class ServeService(Service):
         self._workers.start()
         return RemoteBuilds() if self.settings.maxJobs else None
 
-    def _startBuilds(self, store: LocalStore, workers: Workers) -> Builds | None:
+    def _startBuilds(self, store: LocalStore, workers: Workers) -> LocalBuilds | None:
         """
         @raise UsageError: builds are to be confined, and cannot be.
         """
@@ -309,7 +309,7 @@ class ServeService(Service):
         if helper and not problem and (problem := sandboxProblem(helper)):
             raise UsageError(f"builds cannot have a network of their own, as --build-network own demands: {problem}")
         builder = LocalBuilder(store, settings.builds)
-        builds = Builds(store, builder, workers, self._reactor, settings.maxJobs, settings.extraJobs)
+        builds = LocalBuilds(store, builder, workers, self._reactor, settings.maxJobs, settings.extraJobs)
         builds.start()
         return builds
 

@@ -31,7 +31,7 @@ from nixserve.builder.local import LocalBuilder
 from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.codec.text import shownText
 from nixserve.errors import NixServeError, UsageError
-from nixserve.protocol.builds import Builds
+from nixserve.protocol.builds import LocalBuilds
 from nixserve.protocol.monotonic import useMonotonicTime
 from nixserve.protocol.policy import Peer, Policy, Right
 from nixserve.protocol.reactors import IServiceReactor
@@ -73,14 +73,14 @@ def _serve(command: ServeCommand, environ: Mapping[str, str]) -> int:
     raiseOpenFiles()
     workers = Workers(runner)
     place = chooseServedStore(command.storeURI, environ)
-    builds: Builds | None = None
+    builds: LocalBuilds | None = None
     if isinstance(place, RemoteAddress):
         store: Store = RemoteStore.at(runner, place, environ)
         sessions = ServeSessions(store, workers, runner, builds=RemoteBuilds())
     else:
         store = local = LocalStore(_restrict(place, command.policy))
         if Right.BUILD in command.policy.rights:
-            builds = Builds(local, LocalBuilder(local), workers, runner, defaultMaxJobs())
+            builds = LocalBuilds(local, LocalBuilder(local), workers, runner, defaultMaxJobs())
         sessions = ServeSessions(store, workers, runner, builds=builds)
     statuses: list[int] = []
 

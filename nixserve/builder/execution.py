@@ -38,7 +38,7 @@ from nixserve.store.local import LocalSession, LocalStore
 from nixserve.store.logs import BuildLogFile
 from nixserve.store.pathlocks import vacate
 
-__all__ = ["Build", "Execution", "failed"]
+__all__ = ["BuildSetup", "Execution", "failed"]
 
 #: A failure with less than this free, in bytes, may be nobody's fault but the disk's. Nix's figure.
 _DISK_FULL: Final = 8 * 1024 * 1024
@@ -49,9 +49,9 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
+class BuildSetup:
     """
-    What is to be built.
+    A build as it is set up, before it runs.
 
     @ivar request: what was asked for, with options within the operator's limits.
     @ivar drvOptions: what the derivation says of how to build it.
@@ -78,7 +78,7 @@ class Build:
 class Execution:
     """One build while it runs."""
 
-    def __init__(self, store: LocalStore, settings: BuildSettings, session: LocalSession, build: Build) -> None:
+    def __init__(self, store: LocalStore, settings: BuildSettings, session: LocalSession, build: BuildSetup) -> None:
         """
         @param session: nobody else's as long as the build runs.
         """

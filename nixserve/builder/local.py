@@ -21,7 +21,7 @@ from typing import Final
 
 from nixserve.builder.builtins import isBuiltin
 from nixserve.builder.drvoptions import DerivationOptions
-from nixserve.builder.execution import Build, Execution, failed
+from nixserve.builder.execution import BuildSetup, Execution, failed
 from nixserve.builder.outputs import OutputPlace
 from nixserve.builder.plan import missingDependency
 from nixserve.builder.process import CancelToken
@@ -124,7 +124,7 @@ class LocalBuilder:
             locks.abandon()
             raise
         request = replace(request, options=self.settings.limit(request.options))
-        build = Build(request, drvOptions, frozenset(inputs), places, sandboxed, workDir)
+        build = BuildSetup(request, drvOptions, frozenset(inputs), places, sandboxed, workDir)
         return PreparedBuild(Execution(self._store, self.settings, session, build), locks, scratch)
 
     def _knownPaths(self, drvPath: StorePath, drv: BasicDerivation) -> dict[str, StorePath]:
@@ -274,7 +274,7 @@ class PreparedBuild:
 
     def run(self, log: Callable[[bytes], None], cancel: CancelToken) -> BuildResult:
         """
-        Build. Blocks until the build has ended and everything that it held is free.
+        BuildSetup. Blocks until the build has ended and everything that it held is free.
 
         @param log: called with lines of the builder's output, from another thread. May take its time.
         @param cancel: stops the build from any thread.

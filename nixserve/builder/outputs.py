@@ -44,7 +44,7 @@ from nixserve.store.pathlocks import PathLocks, moveInto, vacate
 from nixserve.store.restoring import restorePath
 from nixserve.store.validpaths import ValidPaths
 
-__all__ = ["BuildSession", "BuiltOutputs", "HashMismatch", "OutputPlace", "Patience", "registerOutputs"]
+__all__ = ["BuiltOutputs", "HashMismatch", "OutputPlace", "OutputRegistrar", "Patience", "registerOutputs"]
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -75,7 +75,7 @@ class Patience(Protocol):
     def __call__(self, attempt: Callable[[], _T], /) -> _T: ...
 
 
-class BuildSession(Protocol):
+class OutputRegistrar(Protocol):
     """
     Who keeps paths from the garbage collector, and makes them valid; a L{nixserve.store.local.LocalSession}.
     """
@@ -148,7 +148,7 @@ class _Examined:
 
 
 def registerOutputs(
-    layout: StoreLayout, validPaths: ValidPaths, session: BuildSession, built: BuiltOutputs, patience: Patience
+    layout: StoreLayout, validPaths: ValidPaths, session: OutputRegistrar, built: BuiltOutputs, patience: Patience
 ) -> dict[str, StorePath]:
     """
     Make the outputs of a build valid, all or, but for step 5, none. Blocks for as long as reading them takes.
@@ -170,7 +170,7 @@ class _Registration:
         self,
         layout: StoreLayout,
         validPaths: ValidPaths,
-        session: BuildSession,
+        session: OutputRegistrar,
         built: BuiltOutputs,
         patience: Patience,
     ) -> None:

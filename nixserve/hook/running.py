@@ -267,7 +267,7 @@ class HookRun:
             if not isinstance(task, BuildTask):
                 raise RemoteProtocolError("Nix did not say what the build needs")
             here = await stack.enter_async_context(await self._openHere())
-            build = await _Build.read(here, question.drvPath, task)
+            build = await _Job.read(here, question.drvPath, task)
             return await self._anywhere(question, build, here, on)
 
     async def _openHere(self) -> DeferredSession:
@@ -278,7 +278,7 @@ class HookRun:
         return await DeferredSession.open(self._store, self._workers, onWait)
 
     async def _anywhere(
-        self, question: BuildQuestion, build: _Build, here: DeferredSession, on: Taken | _Connected
+        self, question: BuildQuestion, build: _Job, here: DeferredSession, on: Taken | _Connected
     ) -> int:
         """
         Build on one machine, or on the next one if that is lost.
@@ -329,7 +329,7 @@ class HookRun:
             await deferLater(self._reactor, POLL_SECONDS)
         return found
 
-    async def _on(self, connected: _Connected, build: _Build, here: DeferredSession) -> BuildResult:
+    async def _on(self, connected: _Connected, build: _Job, here: DeferredSession) -> BuildResult:
         """
         The build on one machine, with all that it needs and makes.
 
@@ -386,7 +386,7 @@ class HookRun:
 
 
 @dataclass(frozen=True, slots=True)
-class _Build:
+class _Job:
     """
     What is to be built.
 
@@ -406,7 +406,7 @@ class _Build:
         return frozenset(self.basic.knownOutputPaths.values())
 
     @classmethod
-    async def read(cls, here: DeferredSession, drvPath: str, task: BuildTask) -> _Build:
+    async def read(cls, here: DeferredSession, drvPath: str, task: BuildTask) -> _Job:
         """
         What Nix asks for. All of it becomes roots here, and may be added under the locks that Nix holds.
 

@@ -1,5 +1,5 @@
 """
-Builds, from the reactor's side: which of them run, who waits for them, and where their logs go.
+LocalBuilds, from the reactor's side: which of them run, who waits for them, and where their logs go.
 
 There are as many running builds as C{maxJobs} says, over all clients, each with a thread of its own. The rest wait:
 clients, told apart by their keys, take turns, so that one that asks for a thousand builds does not keep another
@@ -45,7 +45,7 @@ from nixserve.protocol.workers import Door, whenFired
 from nixserve.store.api import Busy
 from nixserve.store.local import LocalSession, LocalStore
 
-__all__ = ["EXTRA_SECONDS", "Builds"]
+__all__ = ["EXTRA_SECONDS", "LocalBuilds"]
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ _WORKERS_AT_ONCE = 2
 _log = Logger()
 
 
-class _Build:
+class _SharedBuild:
     """
     One build, from the first client's wish to the result.
 
@@ -125,9 +125,9 @@ class _Build:
 
 
 @implementer(IBuilds)
-class Builds:
+class LocalBuilds:
     """
-    All builds on one store.
+    All builds on one store of this machine.
 
     @ivar maxJobs: how many may run at once.
     @ivar extraJobs: how many more, for clients that have waited for L{EXTRA_SECONDS} with nothing running.
@@ -150,8 +150,8 @@ class Builds:
         self._workers = workers
         self._reactor = reactor
         self._threads = ThreadPool(0, max(1, maxJobs + extraJobs), "nixserve-build")
-        self._builds: list[_Build] = []
-        self._queues: OrderedDict[str, deque[_Build]] = OrderedDict()
+        self._builds: list[_SharedBuild] = []
+        self._queues: OrderedDict[str, deque[_SharedBuild]] = OrderedDict()
         self._running = 0
         self._look: IDelayedCall | None = None
         # When a build of a client had a slot last.
@@ -190,7 +190,7 @@ class Builds:
         """
         if self._stopping:
             return succeed(_STOPPED)
-        wish = _Build(request, client, self._reactor)
+        wish = _SharedBuild(request, client, self._reactor)
         build = next((running for running in self._builds if running.joinable and running.key == wish.key), wish)
         result: Deferred[BuildResult] = Deferred(lambda _: self._leave(build, result))
         build.waiting[result] = client
@@ -248,7 +248,7 @@ class Builds:
             for building in running.values():
                 building.cancel()
 
-    async def _perform(self, build: _Build) -> BuildResult:
+    async def _perform(self, build: _SharedBuild) -> BuildResult:
         """Carry out one build, from its locks to its result."""
         storeDir = self._store.storeDir.path
         # Beside the sessions of its client, not before them; and not behind the builds of others.
@@ -272,7 +272,7 @@ class Builds:
             releasing.addErrback(lambda f: self.log.failure("freeing what {drv} held", f, drv=build.drvPath))
             await releasing
 
-    async def _ready(self, build: _Build, door: Door) -> BuildResult | None:
+    async def _ready(self, build: _SharedBuild, door: Door) -> BuildResult | None:
         """
         Wait until the build has both the locks of its outputs and a slot. While it waits for the one it does not hold
         the other: a build that runs may need a path that one in the queue would have locked. So does Nix (2.8,
@@ -296,7 +296,7 @@ class Builds:
                 return result
             self._freeSlot(build)
 
-    def _forPeers(self, build: _Build, result: BuildResult) -> BuildResult:
+    def _forPeers(self, build: _SharedBuild, result: BuildResult) -> BuildResult:
         """A result without the paths of our own files, which the log has."""
         told = hidePaths(result.errorMsg, self._store.storeDir.path)
         if told == result.errorMsg:
@@ -304,7 +304,7 @@ class Builds:
         self.log.warn("the build of {drv} failed: {error}", drv=build.drvPath, error=result.errorMsg)
         return replace(result, errorMsg=told)
 
-    async def _handOver(self, build: _Build, result: BuildResult) -> None:
+    async def _handOver(self, build: _SharedBuild, result: BuildResult) -> None:
         """
         Let everybody who waits keep what was built, before the build lets go of it, and answer each who has: one whose
         session is busy keeps nobody else waiting.
@@ -321,7 +321,7 @@ class Builds:
 
     # --- in threads -----------------------------------------------------------------------------------------
 
-    def _prepare(self, build: _Build) -> BuildResult | None:
+    def _prepare(self, build: _SharedBuild) -> BuildResult | None:
         """
         In a worker. What is ready to run is kept in the build: L{_release} must find it whatever happens.
 
@@ -336,26 +336,26 @@ class Builds:
         build.prepared = prepared
         return None
 
-    def _prepareNow(self, build: _Build) -> BuildResult | None:
+    def _prepareNow(self, build: _SharedBuild) -> BuildResult | None:
         """In a worker: as L{_prepare}, but who is busy is not waited for."""
         try:
             return self._prepare(build)
         except Busy:
             return None
 
-    def _unprepare(self, build: _Build) -> None:
+    def _unprepare(self, build: _SharedBuild) -> None:
         """Give back the locks of a build that will not run. Blocks: for a worker."""
         prepared, build.prepared = build.prepared, None
         if prepared is not None:
             prepared.abandon()
 
-    def _run(self, build: _Build) -> BuildResult:
+    def _run(self, build: _SharedBuild) -> BuildResult:
         """Carry out the build. Blocks until it ends: for a thread of its own."""
         prepared, build.prepared = build.prepared, None
         assert prepared is not None, "it has been prepared"
         return prepared.run(build.log.feed, build.token)
 
-    def _release(self, build: _Build) -> None:
+    def _release(self, build: _SharedBuild) -> None:
         """Close what the build kept open, after everything else. Blocks: for a worker."""
         try:
             self._unprepare(build)
@@ -365,18 +365,18 @@ class Builds:
 
     # --- slots and turns ------------------------------------------------------------------------------------
 
-    def _takeSlot(self, build: _Build) -> None:
+    def _takeSlot(self, build: _SharedBuild) -> None:
         self._running += 1
         build.hasSlot = True
         self._noteRun(build)
 
-    def _noteRun(self, build: _Build) -> None:
+    def _noteRun(self, build: _SharedBuild) -> None:
         """A build has a slot, or had it until now. What is long past makes no difference."""
         now = self._reactor.seconds()
         known = {**self._lastRan, build.client.name: now}
         self._lastRan = {name: when for name, when in known.items() if when > now - EXTRA_SECONDS}
 
-    def _freeSlot(self, build: _Build) -> None:
+    def _freeSlot(self, build: _SharedBuild) -> None:
         """Let another one run, if this one counts."""
         if build.hasSlot:
             build.hasSlot = False
@@ -384,7 +384,7 @@ class Builds:
             self._noteRun(build)
             self._nextTurn()
 
-    def _turn(self, build: _Build, tell: bool) -> Deferred[None]:
+    def _turn(self, build: _SharedBuild, tell: bool) -> Deferred[None]:
         """
         Queue.
 
@@ -399,18 +399,18 @@ class Builds:
             build.tell(f"waiting for a free build slot: {self._running} builds are running, {before} wait before this")
         return turn
 
-    def _enqueue(self, build: _Build, client: BuildClient) -> None:
+    def _enqueue(self, build: _SharedBuild, client: BuildClient) -> None:
         queue = self._queues.setdefault(client.name, deque())
         if build not in queue:
             queue.append(build)
 
-    def _dequeue(self, build: _Build) -> None:
+    def _dequeue(self, build: _SharedBuild) -> None:
         build.turn = None
         for name in list(self._queues):
             self._unqueue(build, name)
         self._lookAgain()
 
-    def _unqueue(self, build: _Build, name: str) -> None:
+    def _unqueue(self, build: _SharedBuild, name: str) -> None:
         """Take a build out of the queue of one client, if it is there."""
         queue = self._queues[name]
         if build in queue:
@@ -466,7 +466,7 @@ class Builds:
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def _leave(self, build: _Build, result: Deferred[BuildResult]) -> None:
+    def _leave(self, build: _SharedBuild, result: Deferred[BuildResult]) -> None:
         left = build.waiting.pop(result)
         build.log.leave(left.listener)
         if not build.waiting:
@@ -479,7 +479,7 @@ class Builds:
             self._unqueue(build, left.name)
         self._lookAgain()
 
-    def _failed(self, failure: Failure, build: _Build) -> BuildResult:
+    def _failed(self, failure: Failure, build: _SharedBuild) -> BuildResult:
         """What went wrong around a build rather than in it."""
         error = failure.value
         if build.token.cancelled and isinstance(error, CancelledError):
@@ -491,7 +491,7 @@ class Builds:
         self.log.failure("a bug in the build of {drv}", failure, drv=build.drvPath)
         return BuildResult(BuildStatus.MISC_FAILURE, "internal error; the log of the server has more")
 
-    def _finish(self, result: BuildResult, build: _Build) -> None:
+    def _finish(self, result: BuildResult, build: _SharedBuild) -> None:
         build.log.deliver()
         self._builds.remove(build)
         # Whoever hears of it may make others leave.
@@ -499,7 +499,7 @@ class Builds:
             self._answer(build, next(iter(build.waiting)), result)
         build.ended.callback(None)
 
-    def _answer(self, build: _Build, waiting: Deferred[BuildResult], result: BuildResult, _: None = None) -> None:
+    def _answer(self, build: _SharedBuild, waiting: Deferred[BuildResult], result: BuildResult, _: None = None) -> None:
         """Give one of those who wait the result, unless it has left."""
         client = build.waiting.pop(waiting, None)
         if client is not None:

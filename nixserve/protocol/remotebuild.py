@@ -29,7 +29,7 @@ from nixserve.protocol.copying import Copied, CopyProgress, copyClosure
 from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.store.api import InvalidPath
 
-__all__ = ["RemoteBuild", "RemotePlan", "buildRemotely", "planRemoteBuild"]
+__all__ = ["RemoteBuildResult", "RemotePlan", "buildRemotely", "planRemoteBuild"]
 
 _SILENT: Final = CopyProgress()
 _DEFAULT_OPTIONS: Final = BuildOptions()
@@ -54,7 +54,7 @@ class RemotePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteBuild:
+class RemoteBuildResult:
     """
     What came of a remote build.
 
@@ -95,7 +95,7 @@ def planRemoteBuild(
     """
 
     async def plan() -> RemotePlan:
-        building = _Building(client, here, substitute, roots=False)
+        building = _RemoteBuilder(client, here, substitute, roots=False)
         await building.explore(await building.root(drv, drvPath, outputs))
         return RemotePlan(tuple(job.path for job in building.order), await building.send(_SILENT, dryRun=True))
 
@@ -114,7 +114,7 @@ def buildRemotely(
     substitute: bool = False,
     progress: CopyProgress = _SILENT,
     onBuild: Callable[[StorePath], None] = lambda drvPath: None,
-) -> Deferred[RemoteBuild]:
+) -> Deferred[RemoteBuildResult]:
     """
     Build a derivation on a remote store. What its builder may read is copied there, if it is not there; its outputs
     come back. Outputs that are there are not built again.
@@ -133,17 +133,17 @@ def buildRemotely(
         Cancelled it cuts the connection, and the remote kills the build.
     """
 
-    async def build() -> RemoteBuild:
-        building = _Building(client, here, substitute, roots=fetch)
+    async def build() -> RemoteBuildResult:
+        building = _RemoteBuilder(client, here, substitute, roots=fetch)
         root = await building.root(drv, drvPath, outputs)
         await building.explore(root)
         sent = await building.send(progress)
         result = await building.build(options, onBuild)
         if not result.success:
-            return RemoteBuild(root.path, result, sent=sent, cause=building.cause)
+            return RemoteBuildResult(root.path, result, sent=sent, cause=building.cause)
         found = root.wantedPaths()
         fetched = await building.fetch(found.values(), progress) if fetch else None
-        return RemoteBuild(root.path, result, found, sent, fetched)
+        return RemoteBuildResult(root.path, result, found, sent, fetched)
 
     return Deferred.fromCoroutine(build())
 
@@ -191,7 +191,7 @@ class _Job:
         return {name: self.outputs[name] for name in sorted(self.wanted)}
 
 
-class _Building:
+class _RemoteBuilder:
     """
     One call of L{buildRemotely}.
 

@@ -1,6 +1,6 @@
 """
-Doubles for what L{nixserve.protocol.builds.Builds} stands on: a store, a builder, threads and a reactor, each of which
-does one thing when the test says so.
+Doubles for what L{nixserve.protocol.builds.LocalBuilds} stands on: a store, a builder, threads and a reactor, each of
+which does one thing when the test says so.
 """
 
 from collections import Counter, deque
@@ -13,7 +13,7 @@ from nixserve.codec.derivation import BasicDerivation, DerivationOutput
 from nixserve.codec.messages import BuildDerivation, BuildOptions
 from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.protocol.building import BuildClient
-from nixserve.protocol.builds import Builds
+from nixserve.protocol.builds import LocalBuilds
 from nixserve.protocol.workers import Door
 from nixserve.store.api import Busy
 from nixserve.testing import ManualWorkers
@@ -258,7 +258,7 @@ class Client:
 
 class World:
     """
-    L{Builds} with everything around it. Nothing happens unless a method here makes it.
+    L{LocalBuilds} with everything around it. Nothing happens unless a method here makes it.
     """
 
     def __init__(self, maxJobs=1, workers=None, extraJobs=0):
@@ -266,7 +266,7 @@ class World:
         self.workers = workers or ManualWorkers()
         self.store = Store()
         self.builder = Builder()
-        self.builds = Builds(self.store, self.builder, self.workers, self.reactor, maxJobs, extraJobs)
+        self.builds = LocalBuilds(self.store, self.builder, self.workers, self.reactor, maxJobs, extraJobs)
         self.threads = self.builds._threads = Threads(maxJobs + extraJobs)
         self.builds.start()
         self._deliveries = deque()
