@@ -21,7 +21,7 @@ from nixserve.protocol.deferredsession import DeferredSession
 from nixserve.protocol.reactors import IServiceReactor
 from nixserve.protocol.workers import Workers
 from nixserve.remote.address import RemoteAddress
-from nixserve.remote.several import severalSessions
+from nixserve.remote.several import connectSeveral
 from nixserve.store.api import Store
 
 __all__ = ["BothSides", "RemoteLines", "withBothSides"]
@@ -78,7 +78,7 @@ def withBothSides(
         try:
             async with AsyncExitStack() as stack:
                 there = await stack.enter_async_context(
-                    severalSessions(reactor, address, sessions, environ=os.environ, write=write, onError=lines.feed)
+                    connectSeveral(reactor, address, sessions, environ=os.environ, write=write, onError=lines.feed)
                 )
                 here = [await DeferredSession.open(store, workers, onWait) for _ in range(sessions)]
                 for session in here:

@@ -124,7 +124,7 @@ class _BuildCommand:
 
         screen = Screen()
         report = CopyReport(screen, "copying", emitJSON if self.asJSON else emitNothing)
-        session = _Session(self, address, local, targets, screen, report)
+        session = _BuildRun(self, address, local, targets, screen, report)
         try:
             self._open(local)
             withBothSides(
@@ -169,7 +169,7 @@ class _BuildCommand:
         return not (self.noFetch or self.noOutLink)
 
 
-class _Session:
+class _BuildRun:
     """
     One run of the command, in the reactor.
 

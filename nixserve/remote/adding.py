@@ -18,8 +18,8 @@ from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import NixServeError, StoreError
 from nixserve.protocol.streams import READ_AHEAD
+from nixserve.remote.clients import Upload
 from nixserve.remote.link import Link
-from nixserve.remote.sessions import Upload
 from nixserve.store.api import Busy
 from nixserve.store.contents import (
     Intake,

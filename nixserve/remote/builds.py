@@ -63,7 +63,7 @@ class RemoteBuilds:
         """
         session = client.session
         assert isinstance(session, RemoteSession), "whoever builds here is a session of the remote store"
-        keeper = await session.sessions.keeper()
+        keeper = await session.clients.keeper()
         if client.mustSandbox:
             raise PolicyError(
                 f"whether {keeper.name or 'the remote store'} confines its builds is not known here, so a build needs "
@@ -71,7 +71,7 @@ class RemoteBuilds:
             )
         lines = _Lines(client.listener)
         # For good: some lines come after the result that they belong to.
-        session.sessions.listener = lines.feed
+        session.clients.listener = lines.feed
         try:
             return await build(keeper)
         finally:

@@ -20,7 +20,7 @@ from nixserve.codec.storepath import StoreDir, StorePath
 from nixserve.errors import LocalProtocolError, RemoteError
 from nixserve.protocol.client import ServeClient
 from nixserve.protocol.reactors import IThreadReactor
-from nixserve.remote.sessions import Download, RemoteSessions, Upload
+from nixserve.remote.clients import Download, RemoteClients, Upload
 from nixserve.store.api import Busy, Closable, requireValid
 from nixserve.store.contents import readDerivation
 from nixserve.store.drvhashes import DerivationMemo
@@ -83,16 +83,14 @@ class Link(Closable):
 
     @ivar storeDir: the logical store directory.
     @ivar memo: hashes of derivations that passed by.
-    @ivar sessions: the remote ones; only for the reactor's thread.
+    @ivar clients: of the remote store; only for the reactor's thread.
     """
 
-    def __init__(
-        self, reactor: IThreadReactor, sessions: RemoteSessions, locks: AddingLocks, storeDir: StoreDir
-    ) -> None:
+    def __init__(self, reactor: IThreadReactor, clients: RemoteClients, locks: AddingLocks, storeDir: StoreDir) -> None:
         super().__init__(locks.unlockAll)
         self.storeDir = storeDir
         self.memo = DerivationMemo()
-        self.sessions = sessions
+        self.clients = clients
         self._reactor = reactor
         self._locks = locks
         self._courtesy = UploadWait(locks.uploads)
@@ -119,23 +117,23 @@ class Link(Closable):
         """
 
         async def ask() -> T:
-            return await question(await self.sessions.keeper())
+            return await question(await self.clients.keeper())
 
         return self.hop(lambda: ensureDeferred(ask()))
 
     def interrupt(self) -> None:
         """Have whatever waits for the remote fail soon. From any thread; never waits."""
-        self._later(self.sessions.cut)
+        self._later(self.clients.cut)
 
     def _free(self) -> None:
         """
-        End the remote sessions, and wait until the remote has freed what they held. In the reactor's thread they are
+        End the sessions there, and wait until the remote has freed what they held. In the reactor's thread they are
         cut, and not waited for.
         """
         if isInIOThread():
-            self.sessions.cut()
+            self.clients.cut()
         else:
-            self._hop(self.sessions.close)
+            self._hop(self.clients.close)
 
     def _hop(self, function: Callable[P, Deferred[T]], *args: P.args, **kwargs: P.kwargs) -> T:
         if isInIOThread():
@@ -231,7 +229,7 @@ class Link(Closable):
         """
         if not paths:
             return
-        download: Download = self.hop(lambda: ensureDeferred(self.sessions.download(paths)))
+        download: Download = self.hop(lambda: ensureDeferred(self.clients.download(paths)))
         complete = False
         try:
             while pieces := self.hop(download.read):
@@ -249,7 +247,7 @@ class Link(Closable):
 
     def upload(self, info: ValidPathInfo) -> Upload:
         """Begin to send an object. Its client is to be released."""
-        return self.hop(lambda: ensureDeferred(self.sessions.upload(info)))
+        return self.hop(lambda: ensureDeferred(self.clients.upload(info)))
 
     def send(self, objects: Sequence[tuple[ValidPathInfo, bytes]]) -> None:
         """
@@ -259,7 +257,7 @@ class Link(Closable):
         """
         acknowledged: list[StorePath] = []
         try:
-            self.hop(lambda: ensureDeferred(self.sessions.send(objects, acknowledged)))
+            self.hop(lambda: ensureDeferred(self.clients.send(objects, acknowledged)))
         except RemoteError:
             if not acknowledged:
                 raise
@@ -272,4 +270,4 @@ class Link(Closable):
 
     def release(self, client: ServeClient, complete: bool) -> None:
         """A transfer is complete, or over before that: then it is cut off. From any thread; never waits."""
-        self._later(self.sessions.giveBack if complete else self.sessions.discard, client)
+        self._later(self.clients.giveBack if complete else self.clients.discard, client)

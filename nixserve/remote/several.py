@@ -1,5 +1,5 @@
 """
-L{severalSessions}: sessions that share what is costly.
+L{connectSeveral}: sessions that share what is costly.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from nixserve.remote.address import RemoteAddress, Via
 from nixserve.remote.connecting import connect
 from nixserve.remote.master import SSHMaster
 
-__all__ = ["severalSessions"]
+__all__ = ["connectSeveral"]
 
 
 @asynccontextmanager
-async def severalSessions(
+async def connectSeveral(
     reactor: IClientReactor, url: str | RemoteAddress, count: int, *, environ: Mapping[str, str], **options: Any
 ) -> AsyncIterator[list[ServeClient]]:
     """

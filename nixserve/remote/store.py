@@ -4,7 +4,7 @@ A store on another machine, or behind another program, as a L{nixserve.store.api
 So whatever works on a store works on a remote one; C{twistd nixserve --store ssh://HOST} serves another nixserve, or a
 plain C{nix-store --serve --write}, with the rights, limits and logs of this one.
 
-Each session has remote sessions of its own: see L{RemoteSessions}. All paths that matter to it are roots there until
+Each session has clients of its own there: see L{RemoteClients}. All paths that matter to it are roots there until
 it closes, so what it has once found valid stays valid and is not asked about again. That needs the right to write
 there: a remote that only lets read keeps no roots, and what another's collector takes is an error here.
 
@@ -30,9 +30,9 @@ from nixserve.protocol.client import ServeClient
 from nixserve.protocol.reactors import IClientReactor, IThreadReactor
 from nixserve.remote.adding import RemoteImportWriter, RemotePathWriter, addSmallPaths
 from nixserve.remote.address import RemoteAddress
+from nixserve.remote.clients import Open, RemoteClients
 from nixserve.remote.connecting import connect
 from nixserve.remote.link import AddingLocks, Link
-from nixserve.remote.sessions import Open, RemoteSessions
 from nixserve.store.api import Closable, ImportWriter, InvalidPath, OpenSessions, PathWriter, StoreSession
 from nixserve.store.contents import checkNewInfo, exportStream, referencesFirst
 from nixserve.store.writers import DrainingWriter
@@ -85,8 +85,8 @@ class RemoteStore:
         @return: a new session.
         @raise StoreError: the store is closed.
         """
-        sessions = RemoteSessions(self._reactor, self._open)
-        link = Link(self._reactor, sessions, self._locks, self._storeDir)
+        clients = RemoteClients(self._reactor, self._open)
+        link = Link(self._reactor, clients, self._locks, self._storeDir)
         return self._sessions.open(lambda: RemoteSession(link, self._sessions.forget))
 
     def close(self) -> None:
@@ -118,9 +118,9 @@ class RemoteSession(Closable, StoreSession):
         return self._link.storeDir
 
     @property
-    def sessions(self) -> RemoteSessions:
-        """The sessions there. Only for the reactor's thread."""
-        return self._link.sessions
+    def clients(self) -> RemoteClients:
+        """Of the store there. Only for the reactor's thread."""
+        return self._link.clients
 
     def addTempRoots(self, paths: Collection[StorePath]) -> None:
         """

@@ -23,7 +23,7 @@ from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
 from nixserve.remote.failures import CannotConnect
 from nixserve.remote.master import SSHMaster
-from nixserve.remote.several import severalSessions
+from nixserve.remote.several import connectSeveral
 from tests.interop.nix import requireProgram
 
 ABSENT = StoreDir().parse(f"/nix/store/{'0' * 32}-absent")
@@ -444,7 +444,7 @@ async def test_masterFails(side):
 async def test_several(side, parameters):
     """Several sessions at once; ssh logs in once for all of them."""
     before = side.logins()
-    async with severalSessions(reactor, side.url(*parameters), 3, environ=side.environ) as clients:
+    async with connectSeveral(reactor, side.url(*parameters), 3, environ=side.environ) as clients:
         answers = await gatherResults([client.queryValidPaths([ABSENT]) for client in clients])
         assert answers == [frozenset()] * 3
     assert side.logins() == before + (3 if parameters else 1)

@@ -10,7 +10,7 @@ import pytest_twisted
 from twisted.internet import reactor
 
 from nixserve.remote.failures import CannotConnect
-from nixserve.remote.several import severalSessions
+from nixserve.remote.several import connectSeveral
 from tests.remote.children import ENVIRON, HELLO
 
 CHILD = """
@@ -63,7 +63,7 @@ async def test_oneRefused(tmp_path, refused):
     """If one of them cannot be had that is the error, and none is left; the block is not entered."""
     children = Children(tmp_path, refused)
     with pytest.raises(CannotConnect, match="there is room for no more"):
-        async with severalSessions(reactor, children.url, 3, environ=ENVIRON):
+        async with connectSeveral(reactor, children.url, 3, environ=ENVIRON):
             pytest.fail("there are not enough sessions")
     assert len(children.started) == 3 and children.alive == []
 
@@ -73,7 +73,7 @@ async def test_end(tmp_path):
     """They end with the block, also with one that fails."""
     children = Children(tmp_path, "none")
     with pytest.raises(ZeroDivisionError):
-        async with severalSessions(reactor, children.url, 2, environ=ENVIRON) as clients:
+        async with connectSeveral(reactor, children.url, 2, environ=ENVIRON) as clients:
             assert len(clients) == len(children.alive) == 2
             raise ZeroDivisionError
     assert len(children.started) == 2 and children.alive == []

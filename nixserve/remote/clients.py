@@ -1,6 +1,6 @@
 """
-The reactor's side of L{nixserve.remote.store}: the remote sessions behind one session of a store, and the NARs that a
-thread sends and receives over them, piece by piece.
+The reactor's side of L{nixserve.remote.store}: the clients behind one session of a store, and the NARs that a thread
+sends and receives over them, piece by piece.
 
 Everything here is called in the reactor's thread and blocks nobody.
 """
@@ -25,14 +25,14 @@ from nixserve.protocol.interfaces import IWorkers
 from nixserve.protocol.streams import MAX_QUEUED, READ_AHEAD
 from nixserve.protocol.workers import Door, whenFired
 
-__all__ = ["Download", "Open", "RemoteSessions", "Upload"]
+__all__ = ["Download", "Open", "RemoteClients", "Upload"]
 
 Open = Callable[[Callable[[bytes], None]], Deferred[ServeClient]]
 """Opens a session on the remote store: called with what takes the remote's standard error, gives a client that is
 ready. Cancelling it gives up."""
 
 CLOSE_SECONDS = 5.0
-"""How long remote sessions may take to end by themselves."""
+"""How long they may take to end by themselves."""
 
 MAX_ASKED = 128
 """How many NARs are requested before the first one has come: none has to wait for the way there and back."""
@@ -42,11 +42,11 @@ def _ignore(data: bytes) -> None:
     """What a transfer says on standard error stands in its error, if it fails."""
 
 
-class RemoteSessions:
+class RemoteClients:
     """
-    The remote sessions of one peer: the I{keeper}, which holds the roots, answers queries and builds; and one for
-    transfers, which may fail or be cut half way without losing any root. Each is opened when it is needed first; one
-    for transfers that is still busy is joined by another.
+    The clients of one session on a remote store: the I{keeper}, which holds the roots, answers queries and builds; and
+    one for transfers, which may fail or be cut half way without losing any root. Each is opened when it is needed
+    first; one for transfers that is still busy is joined by another.
 
     @ivar listener: takes the keeper's standard error, cut anywhere.
     """
