@@ -21,7 +21,7 @@ from nixserve.builder.builtins import isBuiltin
 from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.environment import builderEnvironment, outputRewrites
 from nixserve.builder.outputs import BuiltOutputs, HashMismatch, OutputPlace, registerOutputs
-from nixserve.builder.process import CancelToken, Ending, Limits, Outcome, ProcessSpec, runBuilder
+from nixserve.builder.process import CancelToken, Ending, Outcome, ProcessLimits, ProcessSpec, runBuilder
 from nixserve.builder.sandbox import Sandbox, SandboxPath
 from nixserve.builder.settings import BuildSettings
 from nixserve.builder.users import BuildUser
@@ -175,7 +175,7 @@ class Execution:
         if workspace.sandbox is not None:
             workspace.sandbox.prepare(workspace.user)
         spec = self._builtinSpec(workspace) if isBuiltin(build.request.drv.builder) else self._spec(workspace, patience)
-        limits = Limits(
+        limits = ProcessLimits(
             build.request.options.maxSilentTime, build.request.options.buildTimeout, build.request.options.maxLogSize
         )
         if not self._settings.keepLogs:

@@ -31,7 +31,7 @@ from nixserve.builder.users import BuildUser
 from nixserve.codec.buildresult import BuildStatus
 from nixserve.errors import BuildError
 
-__all__ = ["CancelToken", "Ending", "Limits", "Outcome", "ProcessSpec", "runBuilder"]
+__all__ = ["CancelToken", "Ending", "Outcome", "ProcessLimits", "ProcessSpec", "runBuilder"]
 
 # More than any build of nixpkgs needs, far less than the 4 million ids that a 64-bit machine can have.
 _MAX_PROCESSES = 32768
@@ -86,7 +86,7 @@ class CancelToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ProcessLimits:
     """
     What a builder may use. 0 means without limit, except for C{maxProcesses}.
 
@@ -173,7 +173,7 @@ class Outcome:
 def runBuilder(
     spec: ProcessSpec,
     log: Callable[[bytes], None],
-    limits: Limits,
+    limits: ProcessLimits,
     cancel: CancelToken,
     record: Callable[[bytes], None] | None = None,
 ) -> Outcome:
@@ -219,7 +219,7 @@ def _openTerminal(user: BuildUser) -> tuple[int, int]:
     return master, slave
 
 
-def _job(spec: ProcessSpec, limits: Limits) -> child.Job:
+def _job(spec: ProcessSpec, limits: ProcessLimits) -> child.Job:
     """The job for L{nixserve.builder.child}."""
     return {
         "action": "build",
@@ -265,7 +265,7 @@ class _Run:
     supervisor: spawn.Supervisor
     master: int
     user: BuildUser
-    limits: Limits
+    limits: ProcessLimits
     relay: LogRelay
     record: Callable[[bytes], None] | None
     lines: LogLines = field(default_factory=LogLines)

@@ -24,7 +24,7 @@ from nixserve.hook.machines import Machine
 from nixserve.store.fileerrors import fileSystemErrors
 from nixserve.store.ownpaths import makeOwnDirectory
 
-__all__ = ["FIRST_PAUSE", "FORGOTTEN_AFTER", "LONGEST_PAUSE", "Aside", "Attempt", "Failure"]
+__all__ = ["FIRST_PAUSE", "FORGOTTEN_AFTER", "LONGEST_PAUSE", "Aside", "Attempt", "MachineFailure"]
 
 FIRST_PAUSE = 10.0
 """Seconds until a machine is tried again after the first failure: about what a reboot of sshd needs."""
@@ -43,7 +43,7 @@ _MAX_SIZE = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class MachineFailure:
     """
     What is known of a machine that failed.
 
@@ -75,7 +75,7 @@ class Attempt:
     @ivar failure: why it was put aside before, or C{None}. While there is one, nobody else tries the machine.
     """
 
-    def __init__(self, aside: Aside, machine: Machine, failure: Failure | None, fd: int) -> None:
+    def __init__(self, aside: Aside, machine: Machine, failure: MachineFailure | None, fd: int) -> None:
         self.machine = machine
         self.failure = failure
         self._aside = aside
@@ -87,7 +87,7 @@ class Attempt:
             self._aside._forget(self.machine)
         self.leave()
 
-    def failed(self, reason: str) -> Failure:
+    def failed(self, reason: str) -> MachineFailure:
         """
         The machine does not work: it is put aside, for longer than before. Failures of attempts that went on at
         the same time count as one.
@@ -156,7 +156,7 @@ class Aside:
             unlessTaken.pop_all()
         return Attempt(self, machine, latest, fd)
 
-    def failure(self, machine: Machine) -> Failure | None:
+    def failure(self, machine: Machine) -> MachineFailure | None:
         """
         What is known of a machine's failures; C{None} if there are none, or they are long past.
 
@@ -168,7 +168,7 @@ class Aside:
             return None
         return failure
 
-    def news(self, machine: Machine) -> Failure | None:
+    def news(self, machine: Machine) -> MachineFailure | None:
         """
         What the user is to be told about a machine that is put aside: once in each run, and again when the reason is
         another.
@@ -186,7 +186,7 @@ class Aside:
             self._write(machine, replace(failure, told=(*failure.told, self._run)[-_MAX_TOLD:]))
         return failure
 
-    def _record(self, machine: Machine, reason: str, before: Failure | None) -> Failure:
+    def _record(self, machine: Machine, reason: str, before: MachineFailure | None) -> MachineFailure:
         """
         A machine failed.
 
@@ -202,7 +202,7 @@ class Aside:
             # No further doubling than makes a difference.
             pause = min(FIRST_PAUSE * 2 ** min(count - 1, 16), LONGEST_PAUSE)
             told = known.told if known is not None and known.reason == reason else ()
-            failure = Failure(machine.uri, reason, count, now, now + pause, told)
+            failure = MachineFailure(machine.uri, reason, count, now, now + pause, told)
             self._write(machine, failure)
         return failure
 
@@ -233,7 +233,7 @@ class Aside:
             except FileNotFoundError:
                 return b""
 
-    def _write(self, machine: Machine, failure: Failure) -> None:
+    def _write(self, machine: Machine, failure: MachineFailure) -> None:
         """Replace the file. Within L{_writing}, so nobody else has the temporary one; after a crash of this computer
         all is long past, so nothing is synced."""
         path = self._path(machine, ".json")
@@ -255,11 +255,11 @@ class Aside:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
-def _parse(data: bytes) -> Failure | None:
+def _parse(data: bytes) -> MachineFailure | None:
     """What a file says. One that says nothing of the kind is as none: it is written anew after the next failure."""
     try:
         fields = json.loads(data)
-        failure = Failure(**fields | {"told": tuple(map(str, fields["told"]))})
+        failure = MachineFailure(**fields | {"told": tuple(map(str, fields["told"]))})
         # Raises if a number is none.
         isSane = failure.count > 0 and failure.failedAt <= failure.until <= failure.failedAt + LONGEST_PAUSE
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -85,7 +85,7 @@ async def _connect(
     return attempt.client
 
 
-class _Newcomer(ServeClient):
+class _UnreadyClient(ServeClient):
     """
     A session that remembers, until it is ready, what would explain why it does not get there.
 
@@ -141,7 +141,7 @@ class _Attempt:
         self._environ = environ
         self._write = write
         self._door = Door(ReactorThreads(reactor))
-        self.client = _Newcomer(address.storeDir, onError, name=address.name, clock=reactor)
+        self.client = _UnreadyClient(address.storeDir, onError, name=address.name, clock=reactor)
 
     async def run(self) -> None:
         """

@@ -130,7 +130,7 @@ class ValidPaths:
             for referrer, reference in connection.execute(_REFERENCES, (json.dumps(list(references)),)):
                 references[referrer].append(reference)
         # Most derivers and references occur many times.
-        parse = _Memory(self._storeDir.parse)
+        parse = _Cache(self._storeDir.parse)
         infos = (_readRow(row, references[row[0]], parse) for row in rows)
         return {info.path: info for info in infos}
 
@@ -236,7 +236,7 @@ class ValidPaths:
         return self._parsePaths([(text,)]).pop()
 
 
-class _Memory(dict[str, _T]):
+class _Cache(dict[str, _T]):
     """Results of a function of one text."""
 
     def __init__(self, function: Callable[[str], _T]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from nixserve.builder import spawn
 from nixserve.builder.loglines import _MAX_WAITING
-from nixserve.builder.process import CancelToken, Ending, Limits, runBuilder
+from nixserve.builder.process import CancelToken, Ending, ProcessLimits, runBuilder
 from nixserve.builder.users import BuildUser
 from nixserve.codec.terminal import MAX_LINE
 from nixserve.errors import BuildError
@@ -196,26 +196,26 @@ class TestEnd:
 
     def test_silence(self, run):
         """Time without output runs out; any byte starts it again."""
-        outcome = run("for i in 1 2 3; do printf .; sleep 0.7; done; sleep 60", limits=Limits(maxSilentTime=2))
+        outcome = run("for i in 1 2 3; do printf .; sleep 0.7; done; sleep 60", limits=ProcessLimits(maxSilentTime=2))
         assert (outcome.ending, outcome.code) == (Ending.SILENCE, 0)
         assert outcome.logSize == 3
 
     def test_timeout(self, run):
         """Time runs out for a builder that never stops writing, too."""
         started = time.monotonic()
-        assert run("while :; do echo x; done", limits=Limits(timeout=1)).ending is Ending.TIMEOUT
+        assert run("while :; do echo x; done", limits=ProcessLimits(timeout=1)).ending is Ending.TIMEOUT
         assert 1 <= time.monotonic() - started < 10
 
     @pytest.mark.parametrize(("size", "ending"), [(1000, Ending.EXIT), (1001, Ending.LOG_LIMIT)])
     def test_logLimit(self, place, size, ending):
         """The limit of the log may be reached, not passed; what came before stays."""
-        outcome = place.run(f"head -c {size} /dev/zero; sleep 0.1", limits=Limits(maxLogSize=1000))
+        outcome = place.run(f"head -c {size} /dev/zero; sleep 0.1", limits=ProcessLimits(maxLogSize=1000))
         assert outcome.ending is ending
         assert len(place.raw) == size
 
     def test_endlessOutput(self, run):
         """Endless output ends at the limit of the log."""
-        outcome = run("while :; do echo xxxxxxxxxxxxxxxxxxx; done", limits=Limits(maxLogSize=100000, timeout=20))
+        outcome = run("while :; do echo xxxxxxxxxxxxxxxxxxx; done", limits=ProcessLimits(maxLogSize=100000, timeout=20))
         assert outcome.ending is Ending.LOG_LIMIT
         assert outcome.logSize < 200000
 
@@ -292,7 +292,7 @@ with workplace() as place:
             raise OSError("disk full")
 
         with pytest.raises(OSError, match="disk full"):
-            runBuilder(place.spec("echo $$; exec sleep 30"), place.log.extend, Limits(), CancelToken(), record)
+            runBuilder(place.spec("echo $$; exec sleep 30"), place.log.extend, ProcessLimits(), CancelToken(), record)
         assert not processesOf(place.user)
 
     def test_nothingRemains(self, place):
@@ -320,7 +320,7 @@ class TestOutput:
 
         try:
             script = "head -c 50000000 /dev/zero; echo; echo next"
-            runBuilder(place.spec(script), place.log.extend, Limits(timeout=50), CancelToken(), record)
+            runBuilder(place.spec(script), place.log.extend, ProcessLimits(timeout=50), CancelToken(), record)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -16,7 +16,7 @@ import time
 import pytest
 
 from nixserve.builder import sandbox as sandboxModule
-from nixserve.builder.process import CancelToken, Ending, Limits
+from nixserve.builder.process import CancelToken, Ending, ProcessLimits
 from nixserve.builder.sandbox import SandboxPath, findShell, parseSandboxPath, sandboxProblem
 from nixserve.errors import BuildError, FormatError
 from nixserve.store.copying import TreeCopier
@@ -268,7 +268,7 @@ class TestOwnNetwork:
         assert look(place, "ls /sys 2>/dev/null; echo done", networkHelper=helper) == ["done"]
         assert place.run("echo", place.sandbox(network=True, networkHelper=helper)).success
         assert not running(helper)
-        limits = Limits(timeout=1)
+        limits = ProcessLimits(timeout=1)
         outcome = place.run("sleep 60", place.sandbox(network=True, networkHelper=helper), limits=limits)
         assert outcome.ending is Ending.TIMEOUT
         assert not running(helper)
@@ -291,7 +291,9 @@ class TestOwnNetwork:
         hanging.write_text("#!/bin/sh\nexec sleep 60\n")
         hanging.chmod(0o755)
         started = time.monotonic()
-        outcome = place.run("echo", place.sandbox(network=True, networkHelper=str(hanging)), limits=Limits(timeout=1))
+        outcome = place.run(
+            "echo", place.sandbox(network=True, networkHelper=str(hanging)), limits=ProcessLimits(timeout=1)
+        )
         assert outcome.ending is Ending.TIMEOUT
         assert time.monotonic() - started < 8
 
@@ -552,7 +554,7 @@ class TestAttacks:
         outcome = place.run(
             "b() { b | b & }; b; while :; do :; done",
             place.sandbox(),
-            limits=Limits(timeout=2, maxProcesses=100),
+            limits=ProcessLimits(timeout=2, maxProcesses=100),
         )
         assert outcome.ending is Ending.TIMEOUT
         assert "can't fork" in place.text
@@ -561,7 +563,7 @@ class TestAttacks:
     def test_processLimit(self, place):
         """No more processes exist at one time than the limit says."""
         script = "i=0; while [ $i -lt 60 ]; do sleep 20 & i=$((i+1)); done"
-        outcome = place.run(script, place.sandbox(), limits=Limits(timeout=10, maxProcesses=30))
+        outcome = place.run(script, place.sandbox(), limits=ProcessLimits(timeout=10, maxProcesses=30))
         assert outcome.ending is Ending.EXIT and outcome.code != 0
         assert "can't fork" in place.text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nixserve.builder.process import CancelToken, Limits, ProcessSpec, runBuilder
+from nixserve.builder.process import CancelToken, ProcessLimits, ProcessSpec, runBuilder
 from nixserve.builder.sandbox import Sandbox, findShell, sandboxProblem
 from nixserve.builder.users import BuildUser
 from nixserve.store.files import deletePath
@@ -81,7 +81,7 @@ class Workplace:
         return runBuilder(
             self.spec(script, sandbox, **options),
             log or self.log.extend,
-            limits or Limits(timeout=30),
+            limits or ProcessLimits(timeout=30),
             cancel or CancelToken(),
             self.raw.extend,
         )
