@@ -8,8 +8,8 @@ A connection costs little as long as it says nothing, and a login costs some 20 
     else: strangers get half of the thread at most, and a burst of honest logins waits in line.
   - The clock of a login counts how long the client was waited for. It ticks on the reactor: a tick that comes late
     counts as one, and who stands in line is not counted. A server that is busy locks nobody out.
-  - Nobody is turned away at the door. Whoever comes when there are too many takes the place of who has kept us waiting
-    longest: beyond L{MAX_PER_SOURCE} of one address that of its own, if it has been waited for at least for
+  - Nobody is turned away for coming last. Whoever comes when there are too many takes the place of who has kept us
+    waiting longest: beyond L{MAX_PER_SOURCE} of one address that of its own, if it has been waited for at least for
     L{PATIENCE_SECONDS}; beyond L{MAX_LOGINS} that of the address that has most, even if all of its connections stand
     in line.
 """
@@ -84,7 +84,7 @@ def sourceOf(host: str) -> str:
 
 class Admission:
     """
-    Everybody at the door of one port.
+    The connections of one port that have not logged in.
     """
 
     def __init__(self, clock: IReactorTime) -> None:

@@ -115,7 +115,7 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
         return self.factory.budgets.connection(self.peerText, f"the address {self.source}")
 
     def connectionMade(self) -> None:
-        """Say hello, and stand at the door."""
+        """Say hello, and wait to be let in."""
         self.factory.connections.add(self)
         self.host = addressHost(self.peerAddress)
         self.source = sourceOf(self.host)
