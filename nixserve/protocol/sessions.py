@@ -11,12 +11,13 @@ from twisted.internet.interfaces import IProtocol, IReactorTime
 from zope.interface import implementer
 
 from nixserve.protocol.building import IBuilds
+from nixserve.protocol.conversation import STALL_SECONDS
 from nixserve.protocol.descriptors import SESSION, Descriptors
 from nixserve.protocol.interfaces import IServeSessions, ISharedWorkers
 from nixserve.protocol.limits import DEFAULT_LIMITS, Limits
 from nixserve.protocol.memory import Memory
 from nixserve.protocol.policy import Peer, Policy, Right
-from nixserve.protocol.server import STALL_SECONDS, ServeServer
+from nixserve.protocol.server import ServeServer
 from nixserve.protocol.workers import whenFired
 from nixserve.store.api import Store
 

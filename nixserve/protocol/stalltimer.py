@@ -5,6 +5,7 @@ When a peer that does nothing is given up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -39,6 +40,8 @@ class StallTimer:
         self._last = 0.0
         self._running = False
         self._delay: IDelayedCall | None = None
+        # One for all blocks: they come a thousand times a second.
+        self._within = _Stopped(self)
 
     def start(self) -> None:
         """The peer has to act."""
@@ -47,6 +50,11 @@ class StallTimer:
         if self._delay is None:
             self._seen = self._moved()
             self._delay = self._clock.callLater(self._seconds / LOOKS, self._look)
+
+    @property
+    def stopped(self) -> AbstractContextManager[None]:
+        """Within the block the peer need not act; behind it, it has to."""
+        return self._within
 
     def touch(self) -> None:
         """The peer did something: its silence is counted from now on."""
@@ -79,3 +87,16 @@ class StallTimer:
             self._delay = self._clock.callLater(min(left, self._seconds / LOOKS), self._look)
         else:
             self._stalled()
+
+
+class _Stopped(AbstractContextManager[None]):
+    """Whose blocks a timer does not count."""
+
+    def __init__(self, timer: StallTimer) -> None:
+        self._timer = timer
+
+    def __enter__(self) -> None:
+        self._timer.stop()
+
+    def __exit__(self, *excInfo: object) -> None:
+        self._timer.start()

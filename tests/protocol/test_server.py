@@ -10,9 +10,10 @@ from twisted.logger import formatEvent
 from nixserve.codec.hashes import Hash
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.errors import StoreError
-from nixserve.protocol import server as serverModule
+from nixserve.protocol import commands
+from nixserve.protocol.commands import MAX_POSTPONED, Commands
+from nixserve.protocol.conversation import MAX_UNREAD, STALL_SECONDS
 from nixserve.protocol.policy import EVERYTHING, NOTHING, READ_ONLY, Peer, Policy, Right
-from nixserve.protocol.server import MAX_POSTPONED, MAX_UNREAD, STALL_SECONDS, ServeServer
 from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.streams import MAX_QUEUED, READ_AHEAD
 from nixserve.store.api import Busy, InvalidPath
@@ -165,7 +166,7 @@ def test_nothingAllowed(command, text):
 
 def test_forgottenCommandNeedsTrust(monkeypatch):
     """A command that nobody thought of needs the right to everything."""
-    monkeypatch.setattr(ServeServer, "REQUIRED", {})
+    monkeypatch.setattr(Commands, "REQUIRED", {})
     Session(policy=READ_ONLY).send(HELLO + wire(2)).ended(1, "error: QUERY_PATH_INFOS is not allowed\n")
     Session().send(HELLO + wire(2, [])).eof().ended(0)
 
@@ -424,7 +425,7 @@ def test_batchesAreBounded(monkeypatch):
     session = Session().send(HELLO + b"".join(requests)).eof().ended(0)
     assert batches(session) == [18, 18, 14]
     assert session.replies == wire(1) * 50
-    monkeypatch.setattr(serverModule, "MAX_POSTPONED", 2)
+    monkeypatch.setattr(commands, "MAX_POSTPONED", 2)
     session = sessionOf(LIB).send(HELLO + wire(3, LIB.path) * 5).eof().ended(0)
     assert batches(session, "narsFromPaths") == [2, 2, 1]
     assert session.replies == nar(CONTENTS[LIB.path]) * 5
@@ -660,7 +661,7 @@ def test_slowStorePausesThePeer():
             session.send(bytes(32768))
             sent += 32768
             assert sent - before <= MAX_QUEUED + 32768
-            assert session.server._inflow._queued <= MAX_QUEUED + 32768
+            assert session.server._commands._inflow._queued <= MAX_QUEUED + 32768
         arrive()
     assert sent > 10 * MAX_QUEUED
     session.lose().drain()
@@ -712,12 +713,12 @@ def test_pausedForTwoReasons():
     session.send(BIG + BIG_NAR + bytes(MAX_QUEUED + MAX_UNREAD))
     assert session.transport.paused
     session.step()
-    assert session.server._inflow is not None and session.transport.paused
+    assert session.server._commands._inflow is not None and session.transport.paused
     session.step()
     assert not session.transport.paused
     while not session.transport.paused:
         session.send(bytes(32768))
-        assert session.server._inflow._queued <= MAX_QUEUED + 32768
+        assert session.server._commands._inflow._queued <= MAX_QUEUED + 32768
     session.lose().drain()
 
 

@@ -11,8 +11,9 @@ from twisted.python.failure import Failure
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
 from nixserve.codec.derivation import BasicDerivation, Derivation, DerivationOutput, drvPathOf, outputPaths, unparse
 from nixserve.codec.hashes import hashBytes
+from nixserve.protocol.conversation import STALL_SECONDS
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer, Policy, Right
-from nixserve.protocol.server import STALL_SECONDS, ServeServer
+from nixserve.protocol.server import ServeServer
 from nixserve.testing import FakeStore, ImmediateWorkers, RecordingTransport
 from tests.builder.stores import add, divertedStore, temporaryRoot
 from tests.protocol.buildworld import World, built, derivation, outputOf, pathOf
@@ -298,7 +299,7 @@ def test_eofBefore(body):
     """The same if it had ended before the request was read."""
     session = Server().session()
     session.server._connection.receiveEOF()
-    session.server._eof = True
+    session.server._conversation._eof = True
     session.send(body).ended(1, INTERRUPTED)
     assert session.world.builder.ran in ([], [pathOf("x")])
     assert all(build.token.cancelled for build in session.world.threads.running)
@@ -496,6 +497,6 @@ def test_graphInterrupted(diverted, done):
 def test_storeFails(diverted):
     """Trouble with the store in the middle is a failure with a text, not the end of the conversation."""
     graph = Graph(diverted).build("top")
-    session = graph.session.server._session
+    session = graph.session.server._commands._session
     session.queryClosure = lambda paths: (_ for _ in ()).throw(OSError(28, "No space left on device", "/secret"))
     graph.finish("base").ended(1, "error: No space left on device")

@@ -7,15 +7,10 @@ from twisted.internet.task import Clock
 
 from nixserve.codec.messages import Command
 from nixserve.codec.serve import writeReply
+from nixserve.protocol.commands import INFOS_AT_ONCE
+from nixserve.protocol.conversation import FIRST_WINDOW, MAX_SMALL_REQUEST, STALL_SECONDS, WORK_MEMORY
 from nixserve.protocol.limits import FULL_WINDOW, Limits
 from nixserve.protocol.policy import EVERYTHING, READ_ONLY, Peer
-from nixserve.protocol.server import (
-    FIRST_WINDOW,
-    INFOS_AT_ONCE,
-    MAX_SMALL_REQUEST,
-    STALL_SECONDS,
-    WORK_MEMORY,
-)
 from nixserve.protocol.sessions import ServeSessions
 from nixserve.protocol.turns import Turns
 from nixserve.store.memory import MemoryStore
@@ -366,7 +361,7 @@ def test_smallRequestsAreNotLookedAt():
     """What most clients ever send asks for no room while it arrives."""
     assert MAX_SMALL_REQUEST >= 64 * 1024
     session = Session(workers=ManualWorkers()).send(HELLO).drain()
-    session.server._account.wait = None
+    session.server._conversation._account.wait = None
     session.send(wire(1, 0, 0, 500), *[wire(each) for each in PATHS[:499]])
     assert session.server.ended.called is False and session.transport.status is None
     session.lose().drain()
@@ -395,7 +390,7 @@ def test_crowdOfLargeAnswers():
     for server, _ in crowd.all:
         server.dataReceived(wire(7, 0, [LIB.path]))
     crowd.workers.drain()
-    assert sum(server._held() for server, _ in crowd.all) < 30 * MIB
+    assert sum(server._conversation._held() for server, _ in crowd.all) < 30 * MIB
     # They are as many as fit, and the next one comes when one of these has been read.
     answered = [transport for _, transport in crowd.all if transport.unsent > 1000]
     assert len(answered) >= 2
@@ -419,7 +414,7 @@ def test_smallRequestsAmongThoseWhoWait():
     crowd.workers.drain()
     looks = []
     for server in waiting:
-        account = server._account
+        account = server._conversation._account
         account.mayGoOn = lambda account=account: looks.append(account)
     for _ in range(100):
         victim.dataReceived(wire(1, 0, 0, [LIB.path]))
@@ -429,5 +424,5 @@ def test_smallRequestsAmongThoseWhoWait():
     crowd.workers.reactor.advance(1)
     assert len(looks) >= len(waiting)
     for server in waiting:
-        del server._account.mayGoOn
+        del server._conversation._account.mayGoOn
     crowd.end()

@@ -1,5 +1,6 @@
 """L{nixserve.protocol.stalltimer}: when a peer that does nothing is given up."""
 
+import pytest
 from twisted.internet.task import Clock
 
 from nixserve.protocol.stalltimer import StallTimer
@@ -48,3 +49,18 @@ def test_closedStallTimer():
     timer.close()
     timer.close()
     assert clock.getDelayedCalls() == []
+
+
+def test_stoppedWithin():
+    """Within a block it does not go off; from there on it counts, also if the block fails."""
+    clock, stalls = Clock(), []
+    timer = StallTimer(clock, 10, lambda: stalls.append(clock.seconds()))
+    timer.start()
+    for _ in range(2):
+        with pytest.raises(KeyError), timer.stopped:
+            clock.pump([1] * 100)
+            raise KeyError
+        clock.pump([1] * 9)
+    assert stalls == []
+    clock.pump([1] * 2)
+    assert len(stalls) == 1
