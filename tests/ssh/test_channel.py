@@ -24,7 +24,7 @@ from nixserve.ssh.transport import MAX_PACKET
 MIB = 1024 * 1024
 
 
-class RecordingTransport:
+class PacketTransport:
     """Stands for the SSH transport: records packets, and says whether data may be sent."""
 
     def __init__(self, clock):
@@ -94,7 +94,7 @@ class Harness:
 
     def __init__(self, window=FULL_WINDOW, channels=1, kind=PacedChannel):
         self.clock = Clock()
-        self.transport = RecordingTransport(self.clock)
+        self.transport = PacketTransport(self.clock)
         self.connection = PacedConnection()
         self.connection.transport = self.transport
         self.connection.serviceStarted()
