@@ -1,6 +1,7 @@
 """The tests' tree: a file is found by its name, and tests can be moved, since nothing imports them."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_nothingImportsTests(file):
 def test_importsAreSeen(line, found):
     """An import of tests is found in each of its forms."""
     assert bool(IMPORT.search(f"import os\n{line}\n")) == found
+
+
+def test_eachFileIsOneModule():
+    """A file has one name, that of its path, however it is imported: its classes are the same for everybody."""
+    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    ours = {name: Path(file) for name, file in files.items() if file and TESTS in Path(file).parents}
+    assert __name__ in ours
+    for name, file in ours.items():
+        assert name == ".".join(file.relative_to(TESTS.parent).with_suffix("").parts)
 
 
 def test_sharedFilesSayWhatTheyHold():
