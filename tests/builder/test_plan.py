@@ -20,7 +20,7 @@ def path(name):
     return STORE.makeStorePath("test", hashBytes("sha256", name.encode()), name)
 
 
-class FakeStore:
+class Derivations:
     """Derivations and valid paths; what refers to what is nobody's concern, so a closure is what was asked for."""
 
     storeDir = STORE
@@ -83,7 +83,7 @@ class FakeStore:
 
 @pytest.fixture
 def store():
-    return FakeStore()
+    return Derivations()
 
 
 def names(builds):
