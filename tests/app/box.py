@@ -1,5 +1,5 @@
 """
-What the tests of the commands share: a place for each to run in, the service as a child process, a relay's session.
+A place for each test of the commands to run in, the service as a child process, a relay's session.
 """
 
 import os

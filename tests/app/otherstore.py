@@ -1,5 +1,5 @@
 """
-What the tests of C{copy} and C{build} share: another store without SSH, and a terminal.
+Another store for C{copy} and C{build}, without SSH, and a terminal.
 """
 
 import fcntl

@@ -19,9 +19,9 @@ import pytest
 from nixserve.app import handover, statedirs
 from nixserve.app.preloaded import CHILD_NAME, LOADED_NAME
 from nixserve.codec.wire import encodeString, encodeU64
-from tests.hook.machinelist import otherProcess
 from tests.interop.stores import isLocked
 from tests.interop.watching import until
+from tests.otherprocess import otherProcess
 
 MACHINE = "ssh://machine.invalid x86_64-linux - 2"
 """Nobody ever connects to it: its slots are busy, or Nix does not say what a build needs."""

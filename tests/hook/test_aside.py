@@ -11,7 +11,8 @@ import pytest
 
 from nixserve.errors import StoreError
 from nixserve.hook.aside import FIRST_PAUSE, FORGOTTEN_AFTER, LONGEST_PAUSE, Aside
-from tests.hook.machinelist import machine, otherProcess
+from tests.hook.machinelist import machine
+from tests.otherprocess import otherProcess
 
 H1, H2 = machine("ssh://h1"), machine("ssh://h2")
 START = 1_000_000_000.0

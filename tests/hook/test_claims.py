@@ -14,7 +14,8 @@ from nixserve.hook import claims as claimsModule
 from nixserve.hook.claims import Claims
 from nixserve.store.api import Busy
 from tests.hook.infos import infos, path
-from tests.hook.machinelist import machine, otherProcess
+from tests.hook.machinelist import machine
+from tests.otherprocess import otherProcess
 
 CLAIM = """
 import sys

@@ -23,7 +23,8 @@ from nixserve.hook.slots import Slots
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from tests.hook.bench import QUESTION, Bench, asks
-from tests.hook.machinelist import ROOT, machine, machines
+from tests.hook.machinelist import machine, machines
+from tests.otherprocess import ROOT
 
 
 @pytest.fixture

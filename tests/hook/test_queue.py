@@ -9,7 +9,8 @@ import pytest
 
 from nixserve.errors import StoreError
 from nixserve.hook.queue import MAX_WAITING, MAX_WAITING_IN_ALL, WAITING_PER_SLOT, Queue
-from tests.hook.machinelist import machine, machines, otherProcess
+from tests.hook.machinelist import machine, machines
+from tests.otherprocess import otherProcess
 
 ONE = [machine("ssh://h1 - - 1")]
 

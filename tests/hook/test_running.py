@@ -42,8 +42,8 @@ from tests.derivations import derivation
 from tests.hook.bench import QUESTION, Bench, asks
 from tests.hook.machinelist import machine
 from tests.remote.children import HELLO, child
-from tests.ssh.loopback import sleep, until
 from tests.store.realisationtables import REALISATION_ROWS, REALISATIONS
+from tests.waiting import sleep, until
 
 #: What builds say: not all of it is text.
 LOG = b"\x1b[31mb\xfcilding\x00 it\xff\xfe\n"

@@ -13,7 +13,8 @@ import pytest
 from nixserve.errors import StoreError
 from nixserve.hook.slots import Slots
 from nixserve.store.api import Busy
-from tests.hook.machinelist import machine, machines, otherProcess
+from tests.hook.machinelist import machine, machines
+from tests.otherprocess import otherProcess
 
 TAKE = """
 import sys

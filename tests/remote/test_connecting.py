@@ -20,7 +20,8 @@ from nixserve.remote.address import RemoteAddress
 from nixserve.remote.connecting import connect
 from nixserve.remote.failures import CannotConnect
 from tests.remote.children import ANSWER, ENVIRON, HELLO, child
-from tests.ssh.loopback import Server, sleep, until, within
+from tests.ssh.loopback import Server
+from tests.waiting import sleep, until, within
 
 
 async def failing(url, environ=ENVIRON, **options):

@@ -18,7 +18,7 @@ from nixserve.remote.failures import CannotConnect
 from nixserve.remote.master import SSHMaster
 from tests.remote.hostkeys import KEY, encoded
 from tests.remote.standin import FakeSSH
-from tests.ssh.loopback import sleep, within
+from tests.waiting import sleep, within
 
 
 @pytest_twisted.ensureDeferred

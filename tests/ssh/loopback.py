@@ -1,5 +1,5 @@
 """
-What the tests of the SSH endpoint share: sessions that echo, swallow or produce bytes, and a server on loopback.
+Sessions that echo, swallow or produce bytes, a server on loopback that has them, and its clients.
 """
 
 import os
@@ -19,6 +19,7 @@ from nixserve.protocol.policy import EVERYTHING
 from nixserve.ssh.client import SSHCommandEndpoint
 from nixserve.ssh.keys import AuthorizedKeysChecker, AuthorizedKeysFile, loadHostKey
 from nixserve.ssh.server import ServeFactory, ServeRealm
+from tests.waiting import sleep
 
 SSH = shutil.which("ssh")
 MIB = 1024 * 1024
@@ -276,25 +277,6 @@ class FeedStdin(Source):
         if not self.left:
             self.transport.pipes[0].unregisterProducer()
             self.transport.closeStdin()
-
-
-def sleep(reactor, seconds):
-    result = Deferred()
-    reactor.callLater(seconds, result.callback, None)
-    return result
-
-
-async def within(reactor, seconds, deferred):
-    """Await, but fail after some seconds."""
-    return await deferred.addTimeout(seconds, reactor)
-
-
-async def until(reactor, condition, seconds=10.0):
-    """Wait until a condition holds."""
-    end = reactor.seconds() + seconds
-    while not condition():
-        assert reactor.seconds() < end, "the condition did not come true"
-        await sleep(reactor, 0.01)
 
 
 def runSSH(server, command, *options, child=None, terminal=False):

@@ -10,7 +10,8 @@ from twisted.internet.defer import Deferred
 from nixserve.errors import PolicyError
 from nixserve.protocol.descriptors import Descriptors
 from nixserve.ssh.client import SSHError
-from tests.ssh.loopback import Recorder, Server, clientFactory, until, within
+from tests.ssh.loopback import Recorder, Server, clientFactory
+from tests.waiting import until, within
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from twisted.logger import capturedLogs, formatEvent, globalLogPublisher, textFi
 from nixserve.ssh.client import SSHError
 from nixserve.ssh.keys import AuthorizedKeysFile
 from nixserve.ssh.server import MAX_CHANNELS, ServeConnection, ServeTransport
-from tests.ssh.loopback import Recorder, Server, clientFactory, connect, plainPacket, raw, serviceOf, until, within
+from tests.ssh.loopback import Recorder, Server, clientFactory, connect, plainPacket, raw, serviceOf
+from tests.waiting import until, within
 
 TEXT = "\x1b]0;evil\x07\r\x9b31m\u202e"
 EVIL = TEXT.encode() + b"\x00\xff"

@@ -26,20 +26,8 @@ from nixserve.ssh.authorizedkeys import fingerprint
 from nixserve.ssh.client import HostKeyError, LoginError, SSHError, readKnownHosts
 from nixserve.ssh.server import FOREIGN_TRIES, LOGIN_TRIES, MAX_CHANNELS
 from nixserve.ssh.transport import MAX_BACKLOG, MAX_PACKET
-from tests.ssh.loopback import (
-    MIB,
-    Recorder,
-    Server,
-    Source,
-    clientFactory,
-    connect,
-    plainPacket,
-    raw,
-    serviceOf,
-    sleep,
-    until,
-    within,
-)
+from tests.ssh.loopback import MIB, Recorder, Server, Source, clientFactory, connect, plainPacket, raw, serviceOf
+from tests.waiting import sleep, until, within
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
 
 from nixserve.ssh.connection import KEEPALIVE_SECONDS
-from tests.ssh.loopback import MIB, SSH, Child, Server, runSSH, sleep, until, within
+from tests.ssh.loopback import MIB, SSH, Child, Server, runSSH
+from tests.waiting import sleep, until, within
 
 pytestmark = pytest.mark.skipif(SSH is None, reason="there is no ssh program")
 

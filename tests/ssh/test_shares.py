@@ -10,7 +10,8 @@ from twisted.internet.defer import Deferred
 
 from nixserve.ssh import shares as sharesModule
 from nixserve.ssh.shares import SHARE_SECONDS, Shares
-from tests.ssh.loopback import Recorder, Server, clientFactory, until
+from tests.ssh.loopback import Recorder, Server, clientFactory
+from tests.waiting import until
 
 
 class Turns:
