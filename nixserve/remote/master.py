@@ -110,12 +110,6 @@ class SSHMaster:
         """
         return self._turns.run(lambda: Deferred.fromCoroutine(self._start()))
 
-    def check(self) -> Deferred[bool]:
-        """
-        @return: whether a master answers.
-        """
-        return Deferred.fromCoroutine(self._answers())
-
     def stop(self) -> Deferred[None]:
         """End the master, with the sessions that are left. Nothing remains of it."""
         return self._turns.run(lambda: Deferred.fromCoroutine(self._stop()))
