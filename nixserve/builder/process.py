@@ -59,7 +59,7 @@ class CancelToken:
 
     @property
     def cancelled(self) -> bool:
-        """Has somebody called L{cancel}?"""
+        """Whether L{cancel} was called."""
         return self._cancelled
 
     def cancel(self) -> None:

@@ -101,7 +101,7 @@ class BuildResult:
 
     @property
     def success(self) -> bool:
-        """Are the outputs there?"""
+        """Whether the outputs are valid, built now or before."""
         return self.status in _SUCCESSES
 
 

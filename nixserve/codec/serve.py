@@ -123,12 +123,12 @@ def versionText(version: int) -> str:
 
 
 def hasCommand(version: int, command: Command) -> bool:
-    """Is there this command?"""
+    """Whether a version of the protocol has C{command}."""
     return command is not Command.ADD_TO_STORE_NAR or minorOf(version) >= _ADD_TO_STORE_NAR
 
 
 def hasHashes(version: int) -> bool:
-    """Do path infos say what is in a path?"""
+    """Whether path infos of a version say what is in a path."""
     return minorOf(version) >= _PATH_INFO_HASHES
 
 
@@ -640,7 +640,7 @@ def _parseRealisation(key: str, text: str, storeDir: StoreDir) -> tuple[str, Rea
 
 
 def readExportMarker(reader: Reader) -> Parse[bool]:
-    """Does another object follow?"""
+    """Read, in an export stream, whether another object follows."""
     marker = yield from reader.u64()
     if marker > 1:
         raise FormatError("input doesn't look like something created by 'nix-store --export'", offset=reader.offset - 8)
@@ -648,7 +648,7 @@ def readExportMarker(reader: Reader) -> Parse[bool]:
 
 
 def readImportItem(reader: Reader, storeDir: StoreDir) -> Parse[ImportItem]:
-    """What follows each NAR."""
+    """Read what follows each NAR of an export stream."""
     magic = yield from reader.u32()
     if magic != EXPORT_MAGIC:
         raise FormatError("Nix archive cannot be imported; wrong format", offset=reader.offset - 8)
@@ -661,12 +661,12 @@ def readImportItem(reader: Reader, storeDir: StoreDir) -> Parse[ImportItem]:
 
 
 def writeExportMarker(another: bool) -> bytes:
-    """Before each object, and at the end."""
+    """What stands before each object of an export stream, and at its end."""
     return bytes(Writer().u64(another))
 
 
 def writeImportItem(item: ImportItem) -> bytes:
-    """What follows each NAR."""
+    """What follows each NAR of an export stream."""
     writer = Writer().u64(EXPORT_MAGIC).text(item.path).textSet(item.references)
     return bytes(writer.text(item.deriver or "").u64(0))
 

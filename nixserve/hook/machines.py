@@ -151,7 +151,7 @@ class _Entry:
     """
     One entry, by columns: C{-} and what is not there are the same.
 
-    @ivar where: for errors.
+    @ivar where: file and line, or the setting, as errors name it.
     """
 
     def __init__(self, where: str, words: list[str]) -> None:

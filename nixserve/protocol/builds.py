@@ -96,7 +96,7 @@ class _SharedBuild:
 
     @property
     def drvPath(self) -> StorePath:
-        """What is built."""
+        """The derivation that is built."""
         return self.request.drvPath
 
     def tell(self, line: str) -> None:

@@ -42,8 +42,8 @@ class MissingReference(UsageError):
     """
     Something to be copied refers to what neither is where it would go nor will be copied.
 
-    @ivar path: what refers.
-    @ivar reference: to what.
+    @ivar path: the one that is to be copied.
+    @ivar reference: what it refers to.
     """
 
     def __init__(self, path: StorePath, reference: StorePath, where: str) -> None:

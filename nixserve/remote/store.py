@@ -230,6 +230,6 @@ class RemoteSession(Closable, StoreSession):
 
 
 def _nextOf(stream: Iterator[bytes | None]) -> Iterator[bytes]:
-    """One NAR of several."""
+    """The pieces of the next NAR in a stream of several, each of which ends with C{None}."""
     while (chunk := next(stream)) is not None:
         yield chunk

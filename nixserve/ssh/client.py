@@ -194,7 +194,7 @@ class _Attempt:
             transport.abort()
 
     def succeeded(self, protocol: IProtocol) -> None:
-        """The command runs."""
+        """Give the protocol to whoever wants to connect: the command runs."""
         result, self._result = self._result, None
         self._stopTimeout()
         if result is not None:
@@ -371,7 +371,7 @@ class _ClientChannel(PacedChannel):
     _signal: str | None = None
 
     def channelOpen(self, specificData: bytes) -> None:
-        """Ask for the command."""
+        """Ask the host to run the command."""
         super().channelOpen(specificData)
         started = self.conn.sendRequest(self, b"exec", NS(self.conn.command), wantReply=1)
         started.addCallbacks(self._started, self._refused)

@@ -269,7 +269,7 @@ class ServeUserAuth(userauth.SSHUserAuthServer):
 
     @property
     def _log(self) -> ConchLog:  # type: ignore[override]
-        """Over Conch's."""
+        """In the place of Conch's own logger."""
         return ConchLog(self.transport.log)
 
     def serviceStarted(self) -> None:

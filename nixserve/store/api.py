@@ -342,7 +342,7 @@ class OpenSessions(Generic[S]):
 
     def open(self, session: Callable[[], S]) -> S:
         """
-        @param session: makes one.
+        @param session: makes the session.
         @raise StoreError: the store is closed.
         """
         with self._mutex:
@@ -353,12 +353,12 @@ class OpenSessions(Generic[S]):
         return opened
 
     def forget(self, session: S) -> None:
-        """It is closed."""
+        """Count a session no more: it is closed."""
         with self._mutex:
             self._sessions.discard(session)
 
     def all(self) -> list[S]:
-        """Those that are open."""
+        """The sessions that are open."""
         with self._mutex:
             return list(self._sessions)
 

@@ -305,7 +305,7 @@ def derivationOutputs(
     What is registered about the outputs of a .drv: by name, those whose paths are known before the build.
 
     @param lookup: finds this derivation and those that it depends on.
-    @param memo: added to.
+    @param memo: what is known of derivations; what is read here is added to it.
     @return: nothing for any other path.
     @raise nixserve.errors.FormatError: it is no derivation, or states other paths than follow from it.
     """

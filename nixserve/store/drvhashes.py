@@ -56,7 +56,7 @@ class DerivationMemo:
 
     def keep(self, hashes: _Hashes, proven: bool) -> None:
         """
-        Remember what was found.
+        Have the memo of the store keep the hashes that were found.
 
         @param proven: for ever, and for all.
         """
@@ -90,7 +90,7 @@ class FindingHashes:
         return drv
 
     def keep(self) -> None:
-        """Remember what was found."""
+        """Have the memo of the store keep the hashes that were found."""
         if self._found:
             self._memo.keep(self._found, self._proven)
 

@@ -288,7 +288,7 @@ class _Buffer(Intake):
         return b"".join(self._pieces)
 
     def forget(self) -> None:
-        """Keep nothing of it."""
+        """Forget what has come."""
         self._pieces.clear()
 
 

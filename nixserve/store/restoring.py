@@ -177,7 +177,7 @@ class PathRestorer:
         return self._realPath + self._walk.path(self._name).removeprefix(self._target)
 
     def _startFile(self, event: Regular) -> None:
-        """Create a file."""
+        """Create a file, whose contents may follow."""
         self._fileMode = 0o555 if event.executable else 0o444
         self._file = os.open(self._name, _CREATE_FLAGS, self._fileMode, dir_fd=self._walk.fd)
         self._fileLeft = event.size
@@ -194,7 +194,7 @@ class PathRestorer:
             self._endFile()
 
     def _endFile(self) -> None:
-        """The file is complete."""
+        """Close the file, which is complete, with the metadata that it is to have."""
         file = self._file
         # Not left to the mode that it was created with: the umask took its share of that.
         os.fchmod(file, self._fileMode)

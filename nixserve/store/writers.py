@@ -96,4 +96,4 @@ class DrainingWriter:
             raise sizeMismatch(self._info, self._size)
 
     def abort(self) -> None:
-        """Nothing to give up."""
+        """See L{nixserve.store.api.PathWriter.abort}; nothing is held that could be given up."""

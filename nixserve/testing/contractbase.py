@@ -29,7 +29,7 @@ class StoreCase(_Suite):
     A store that is to be tested, a session on it, and what the tests ask of both.
 
     @ivar store: from L{makeStore}.
-    @ivar session: on it.
+    @ivar session: on that store.
     """
 
     HELLO = makeNar(b"hello\n")
