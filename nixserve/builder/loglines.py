@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from nixserve.codec.terminal import MAX_LINE
 
-__all__ = ["LogLines", "LogRelay"]
+__all__ = ["LogDelivery", "LogLines"]
 
 _MAX_WAITING = 1024 * 1024
 """Bytes that wait for a slow reader: some seconds of a talkative compiler."""
@@ -111,7 +111,7 @@ def _message(text: bytes) -> bytes | None:
     return b""
 
 
-class LogRelay:
+class LogDelivery:
     """
     Calls somebody's function with lines, on a thread of its own, so that however long the function takes, the build
     goes on. When too much waits, lines are dropped, and a line says how many.

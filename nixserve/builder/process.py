@@ -6,7 +6,7 @@ src/libstore/build/local-derivation-goal.cc): then everything that still runs is
 output is therefore killed, and outside a sandbox a process that it leaves behind with the terminal open is waited for.
 
 Output is never held back: the log on disk gets every byte in the thread of the build, whoever watches gets lines
-through L{LogRelay}. Memory is bounded whatever the builder writes; it waits when its thread is slow.
+through L{LogDelivery}. Memory is bounded whatever the builder writes; it waits when its thread is slow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from nixserve.builder import child, seccomp, spawn
-from nixserve.builder.loglines import LogLines, LogRelay
+from nixserve.builder.loglines import LogDelivery, LogLines
 from nixserve.builder.sandbox import BUILD_DIR, Sandbox
 from nixserve.builder.users import BuildUser
 from nixserve.codec.buildresult import BuildStatus
@@ -189,7 +189,7 @@ def runBuilder(
     """
     with cancel.descriptor() as cancelled:
         master, slave = _openTerminal(spec.user)
-        relay = LogRelay(log)
+        delivery = LogDelivery(log)
         try:
             try:
                 supervisor = spawn.startSupervisor(_job(spec, limits), slave)
@@ -197,9 +197,9 @@ def runBuilder(
                 raise _setupFailure(f"starting the builder: {error.strerror}") from error
             finally:
                 os.close(slave)
-            return _Run(supervisor, master, spec.user, limits, relay, record).complete(cancelled)
+            return _Run(supervisor, master, spec.user, limits, delivery, record).complete(cancelled)
         finally:
-            relay.close(_FLUSH_TIMEOUT)
+            delivery.close(_FLUSH_TIMEOUT)
             os.close(master)
 
 
@@ -266,7 +266,7 @@ class _Run:
     master: int
     user: BuildUser
     limits: ProcessLimits
-    relay: LogRelay
+    delivery: LogDelivery
     record: Callable[[bytes], None] | None
     lines: LogLines = field(default_factory=LogLines)
     logSize: int = 0
@@ -285,7 +285,7 @@ class _Run:
         finally:
             # Whatever happened here, a failing log for instance: nothing goes on running.
             word, detail = self.supervisor.end()
-        self.relay.write(self.lines.finish())
+        self.delivery.write(self.lines.finish())
         if word == "error":
             raise _setupFailure(detail)
         if word == "lost":
@@ -337,7 +337,7 @@ class _Run:
         self.logSize += len(data)
         if self.record:
             self.record(data)
-        self.relay.write(self.lines.feed(data))
+        self.delivery.write(self.lines.feed(data))
         return bool(data)
 
     def _deadlines(self) -> Iterator[tuple[float, Ending]]:

@@ -41,7 +41,7 @@ class RelayServer(Protocol):
         self._factory = factory
         self._head = b""
         self._session: IProtocol | None = None
-        self._view: _RelayTransport | None = None
+        self._view: _FramedTransport | None = None
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes from the relay: the header, then standard input."""
@@ -52,7 +52,7 @@ class RelayServer(Protocol):
         line, end, rest = self._head.partition(b"\n")
         if not end and len(line) <= MAX_HEADER:
             return
-        view = self._view = _RelayTransport(self.transport)
+        view = self._view = _FramedTransport(self.transport)
         try:
             session = self._factory.admit(line, self.transport)
         except NixServeError as e:
@@ -88,7 +88,7 @@ class RelayServer(Protocol):
 
 
 @implementer(IServeTransport)
-class _RelayTransport:
+class _FramedTransport:
     """What a session behind a relay writes to."""
 
     def __init__(self, transport: Any) -> None:

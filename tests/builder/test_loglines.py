@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from nixserve.builder.loglines import _MAX_WAITING, LogLines, LogRelay
+from nixserve.builder.loglines import _MAX_WAITING, LogDelivery, LogLines
 from nixserve.codec.terminal import MAX_LINE
 
 
-class TestLogRelay:
+class TestLogDelivery:
     """Lines for somebody slow."""
 
     def test_dropped(self):
@@ -23,17 +23,17 @@ class TestLogRelay:
             entered.set()
             release.wait(10)
 
-        relay = LogRelay(target)
-        relay.write(b"first\n")
+        delivery = LogDelivery(target)
+        delivery.write(b"first\n")
         entered.wait(10)
-        relay.write(b"x" * (_MAX_WAITING - 1) + b"\n")
-        relay.write(b"lost\n")
-        relay.write(b"lost\nlost\n")
+        delivery.write(b"x" * (_MAX_WAITING - 1) + b"\n")
+        delivery.write(b"lost\n")
+        delivery.write(b"lost\nlost\n")
         release.set()
         while len(taken) < 2:
             time.sleep(0.01)
-        relay.write(b"last\n")
-        relay.close(10)
+        delivery.write(b"last\n")
+        delivery.close(10)
         assert [taken[0], len(taken[1])] == [b"first\n", _MAX_WAITING]
         assert b"".join(taken[2:]).startswith(b"[3 lines of the log are not shown")
         assert b"".join(taken).endswith(b"\nlast\n")
@@ -41,10 +41,10 @@ class TestLogRelay:
     def test_nothing(self):
         """Without output there is no thread."""
         before = threading.active_count()
-        relay = LogRelay(None)
-        relay.write(b"")
+        delivery = LogDelivery(None)
+        delivery.write(b"")
         assert threading.active_count() == before
-        relay.close(1)
+        delivery.close(1)
 
 
 CASES = [
