@@ -124,7 +124,7 @@ class Conversation:
     # --- the peer -----------------------------------------------------------------------------------------
 
     def receive(self, data: bytes) -> None:
-        """Bytes have come."""
+        """Take bytes from the peer, and wake who waits for them."""
         if self._over:
             return
         self._stall.touch()
@@ -171,7 +171,7 @@ class Conversation:
             wakeUp.callback(None)
 
     def reply(self, value: Any) -> None:
-        """The whole reply to one request."""
+        """Send the whole reply to one request."""
         self.transport.write(self.connection.sendReply(value))
 
     async def send(self, pieces: deque[bytes]) -> None:
@@ -223,7 +223,7 @@ class Conversation:
             return await self.wait(pending)
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do something on the store."""
+        """Call something on the store in a worker, and wait for its result. The peer need not act meanwhile."""
         with self._stall.stopped:
             return await self.wait(self.door.call(function, *args, **kwargs))
 
@@ -244,7 +244,7 @@ class Conversation:
         self._stall.start()
 
     def requestEnds(self) -> None:
-        """It need not any more."""
+        """The request is answered, and the peer need not act any more."""
         self._stall.stop()
 
     # --- memory -------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class Conversation:
             self.transport.exit(status)
 
     def close(self) -> None:
-        """Hold nothing any more."""
+        """Let go of everything: the session has ended."""
         self._over = True
         self._stall.close()
         self._pieces.clear()

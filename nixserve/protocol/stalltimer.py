@@ -71,7 +71,7 @@ class StallTimer:
             self._delay.reset(seconds / LOOKS)
 
     def close(self) -> None:
-        """Nobody is to act any more."""
+        """End for good: nobody has to act any more."""
         self._running = False
         if self._delay is not None:
             self._delay.cancel()

@@ -81,7 +81,7 @@ class TempRoots:
         self._rooted: set[StorePath] = set()
         #: In the file.
         self._written: set[StorePath] = set()
-        self._collector: _Conversation | None = None
+        self._collector: _CollectorConnection | None = None
 
     def addTempRoots(self, paths: Collection[StorePath]) -> None:
         """
@@ -159,7 +159,7 @@ class TempRoots:
         """Tell the collector at work; return once that is enough."""
         try:
             if self._collector is None:
-                self._collector = _Conversation(self._layout.gcSocketPath)
+                self._collector = _CollectorConnection(self._layout.gcSocketPath)
             self._collector.tell(paths)
         except OSError as error:
             self._hangUp()
@@ -179,7 +179,7 @@ class TempRoots:
             self._collector = None
 
 
-class _Conversation:
+class _CollectorConnection:
     """
     A connection to a collector at work. It is one collector's: with its end the connection ends.
     """
