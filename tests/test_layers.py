@@ -59,7 +59,7 @@ def test_noCircles():
     assert circle(sourceGraph()) == []
 
 
-@pytest.mark.parametrize("module", ["nixserve.hook.running", "nixserve.protocol.remotebuild"])
+@pytest.mark.parametrize("module", ["nixserve.app.hookcommand", "nixserve.app.cmd_build"])
 def test_whoBuildsElsewhereNeedsNoBuilder(module):
     """The build hook, a process for each build, and C{nixserve build} load nothing of how to build here."""
     modules = sourceGraph()

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from nixserve.app.arguments import toStorePath
-from nixserve.app.settings import chooseStore
+from nixserve.app.storechoice import chooseStore
 from nixserve.codec.pathinfo import ValidPathInfo, topoSort
 from nixserve.codec.storepath import StorePath
 from nixserve.codec.terminal import onOneLine

@@ -18,8 +18,8 @@ from twisted.internet.defer import gatherResults
 from nixserve.app.facts import emitJSON
 from nixserve.app.hookcommand import readMachines
 from nixserve.app.react import runReactor
-from nixserve.app.settings import chooseStore
 from nixserve.app.statedirs import hookStateDir
+from nixserve.app.storechoice import chooseStore
 from nixserve.builder.settings import hostPlatforms
 from nixserve.codec.terminal import onOneLine
 from nixserve.errors import NixServeError

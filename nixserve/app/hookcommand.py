@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nixserve.app.handover import persistSeconds
-from nixserve.app.settings import chooseStore
 from nixserve.app.statedirs import hookStateDir, socketDirectory
+from nixserve.app.storechoice import chooseStore
 from nixserve.errors import FormatError, NixServeError, RemoteError, StoreError, UsageError
 from nixserve.hook.aside import Aside
 from nixserve.hook.choice import Refusal

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import replace
 
-from nixserve.app.settings import chooseStore
+from nixserve.app.storechoice import chooseStore
 from nixserve.codec.storepath import StoreDir
 from nixserve.codec.terminal import onOneLine
 from nixserve.errors import NixServeError, RemoteError, StoreError, UsageError

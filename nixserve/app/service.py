@@ -29,7 +29,8 @@ from twisted.python.failure import Failure
 
 from nixserve import __version__
 from nixserve.app.ownsocket import OwnSocket
-from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, homeDir, parseStore, readConfig
+from nixserve.app.settings import CONFIG_KEYS, ServiceSettings, readConfig
+from nixserve.app.storechoice import homeDir, parseStore
 from nixserve.builder.local import LocalBuilder, removeAbandoned
 from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.builder.sandbox import sandboxProblem

@@ -1,6 +1,6 @@
 """
-The only reader of the environment and of configuration files, Nix's own with L{nixserve.app.nixconf}. It gives each
-layer a small value of its own.
+The reader of the environment and of configuration files, but for what says which store is meant
+(L{nixserve.app.storechoice}). It gives each layer a small value of its own.
 """
 
 from __future__ import annotations
@@ -10,94 +10,21 @@ import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from nixserve.app.nixconf import NixConf
 from nixserve.app.statedirs import defaultStateDir
+from nixserve.app.storechoice import Environment, chooseDurability
 from nixserve.builder.settings import EXTRA_JOBS, BuildSettings, SandboxMode
-from nixserve.codec.storepath import StoreDir
-from nixserve.errors import FormatError, UsageError
+from nixserve.errors import UsageError
 from nixserve.protocol.limits import DEFAULT_LIMITS, Limits
-from nixserve.remote.address import RemoteAddress
 from nixserve.store.durability import Durability
-from nixserve.store.layout import StoreDefaults, StoreLayout, chooseAutoRoot, parseStoreURI
 
 __all__ = [
     "ServiceSettings",
-    "chooseServedStore",
-    "chooseStore",
     "defaultMaxJobs",
-    "homeDir",
     "logPath",
-    "parseStore",
     "readConfig",
-    "storeDefaults",
 ]
-
-Environment = Mapping[str, str]
-
-
-def storeDefaults(environ: Environment) -> StoreDefaults:
-    """
-    What a store URI leaves open.
-
-    @raise UsageError: C{NIX_STORE_DIR} is no store directory.
-    """
-    storeDir = environ.get("NIX_STORE_DIR") or environ.get("NIX_STORE") or "/nix/store"
-    stateDir = environ.get("NIX_STATE_DIR") or "/nix/var/nix"
-    chosen = any(environ.get(name) for name in ("NIX_STORE_DIR", "NIX_STORE", "NIX_STATE_DIR"))
-    data = environ.get("XDG_DATA_HOME") or str(homeDir(environ) / ".local" / "share")
-    try:
-        return StoreDefaults(
-            storeDir=StoreDir(os.path.normpath(storeDir)),
-            stateDir=stateDir,
-            logDir=environ.get("NIX_LOG_DIR") or "/nix/var/log/nix",
-            autoRoot=None if chosen else chooseAutoRoot(stateDir, f"{data}/nix/root"),
-            allowSymlinkedStore=environ.get("NIX_IGNORE_SYMLINK_STORE") == "1",
-        )
-    except FormatError as e:
-        raise UsageError(f"NIX_STORE_DIR: {e}") from e
-
-
-def chooseStore(uri: str | None, environ: Environment) -> StoreLayout:
-    """
-    The store on this machine that a command means.
-
-    @param uri: what C{--store} says, if it is given; else C{NIX_REMOTE} counts, else C{auto}.
-    """
-    return replace(parseStoreURI(_chosen(uri, environ), storeDefaults(environ)), durability=_durability({}, environ))
-
-
-def chooseServedStore(uri: str | None, environ: Environment) -> StoreLayout | RemoteAddress:
-    """
-    The store that a command serves: as L{chooseStore}, or one elsewhere.
-    """
-    place = parseStore(_chosen(uri, environ), environ)
-    return place if isinstance(place, RemoteAddress) else replace(place, durability=_durability({}, environ))
-
-
-def _chosen(uri: str | None, environ: Environment) -> str:
-    return uri or environ.get("NIX_REMOTE") or "auto"
-
-
-def parseStore(uri: str, environ: Environment) -> StoreLayout | RemoteAddress:
-    """
-    Where the store is that a URI names: on this machine, or elsewhere. Reads no file.
-
-    @raise UsageError: it names none.
-    """
-    if uri.startswith(_REMOTE_SCHEMES):
-        return RemoteAddress.parse(uri)
-    return parseStoreURI(uri, storeDefaults(environ))
-
-
-_REMOTE_SCHEMES = ("ssh://", "ssh-ng://", "unix://")
-
-
-def homeDir(environ: Environment) -> Path:
-    """The user's home directory."""
-    return Path(environ.get("HOME") or "/")
 
 
 def logPath(environ: Environment) -> str | None:
@@ -156,30 +83,9 @@ class ServiceSettings:
             maxJobs=_count("max-jobs", options.get("max-jobs"), defaultMaxJobs()),
             extraJobs=_count("extra-jobs", options.get("extra-jobs"), EXTRA_JOBS),
             builds=_buildSettings(options),
-            durability=_durability(options, environ),
+            durability=chooseDurability(options, environ),
             limits=_limits(options),
         )
-
-
-def _durability(options: Mapping[str, Any], environ: Environment) -> Durability:
-    """
-    What is given under the names that Nix has for it, else what the machine's Nix is told.
-
-    @raise UsageError: neither true nor false.
-    """
-    conf = NixConf.read(environ)
-
-    def choose(name: str, default: bool) -> bool:
-        given = str(options.get(name, "")).lower()
-        if given not in ("", "true", "false"):
-            raise UsageError(f"the value of '{name}' is '{options[name]}'; it must be true or false")
-        return given == "true" if given else conf.boolean(name, default)
-
-    return Durability(
-        fsyncMetadata=choose("fsync-metadata", True),
-        fsyncStorePaths=choose("fsync-store-paths", False),
-        syncBeforeRegistering=choose("sync-before-registering", False),
-    )
 
 
 def defaultMaxJobs() -> int:

@@ -26,7 +26,8 @@ from twisted.logger import (
 )
 from zope.interface import provider
 
-from nixserve.app.settings import chooseServedStore, defaultMaxJobs, logPath
+from nixserve.app.settings import defaultMaxJobs, logPath
+from nixserve.app.storechoice import chooseServedStore
 from nixserve.builder.local import LocalBuilder
 from nixserve.builder.openfiles import raiseOpenFiles
 from nixserve.codec.text import shownText

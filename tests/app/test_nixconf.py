@@ -8,7 +8,8 @@ from twisted.python import usage
 
 from nixserve.app.nixconf import NixConf
 from nixserve.app.service import Options
-from nixserve.app.settings import ServiceSettings, chooseServedStore, chooseStore
+from nixserve.app.settings import ServiceSettings
+from nixserve.app.storechoice import chooseServedStore, chooseStore
 from nixserve.errors import UsageError
 from nixserve.store.durability import Durability
 

@@ -9,12 +9,10 @@ from twisted.python import usage
 
 from nixserve.app import service as servicemodule
 from nixserve.app.service import Options, ServeService
-from nixserve.app.settings import ServiceSettings, chooseServedStore, parseStore, readConfig
+from nixserve.app.settings import ServiceSettings, readConfig
 from nixserve.builder.settings import BuildSettings, SandboxMode
 from nixserve.errors import UsageError
 from nixserve.protocol.limits import Limits
-from nixserve.remote.address import RemoteAddress
-from nixserve.store.layout import StoreLayout
 
 
 def parse(tmp_path, *words, config=None):
@@ -31,23 +29,11 @@ def parse(tmp_path, *words, config=None):
 class TestStores:
     """Which store a URI means."""
 
-    @pytest.mark.parametrize("uri", ["ssh://me@host:22?remote-store=/x", "unix:///run/serve.sock"])
-    def test_remote(self, tmp_path, uri):
-        """A store may be elsewhere; the service takes it as it is written."""
-        assert parseStore(uri, {}) == RemoteAddress.parse(uri)
-        assert parse(tmp_path, "--store", uri).store == uri
-
-    def test_local(self, tmp_path):
-        """Everything else is on this machine."""
-        assert parseStore(str(tmp_path), {}) == StoreLayout.underRoot(str(tmp_path))
-        with pytest.raises(UsageError, match="cannot open store 'https://host'"):
-            parseStore("https://host", {})
-
-    def test_served(self, tmp_path):
-        """What a session on standard streams serves: its own argument, else C{NIX_REMOTE}."""
-        environ = {"NIX_REMOTE": "ssh://host"}
-        assert chooseServedStore(None, environ) == RemoteAddress.parse("ssh://host")
-        assert chooseServedStore(str(tmp_path), environ) == StoreLayout.underRoot(str(tmp_path))
+    def test_remote(self, tmp_path):
+        """The service takes a URI as it is written."""
+        assert (
+            parse(tmp_path, "--store", "ssh://me@host:22?remote-store=/x").store == "ssh://me@host:22?remote-store=/x"
+        )
 
     def test_mistakes(self, tmp_path):
         """What is wrong with a URL is said before anything starts."""
