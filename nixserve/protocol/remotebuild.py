@@ -97,7 +97,7 @@ def planRemoteBuild(
     async def plan() -> RemotePlan:
         building = _RemoteBuilder(client, here, substitute, roots=False)
         await building.explore(await building.root(drv, drvPath, outputs))
-        return RemotePlan(tuple(job.path for job in building.order), await building.send(_SILENT, dryRun=True))
+        return RemotePlan(tuple(goal.path for goal in building.order), await building.send(_SILENT, dryRun=True))
 
     return Deferred.fromCoroutine(plan())
 
@@ -156,7 +156,7 @@ def _namesBefore(outputName: str) -> Iterator[str]:
         yield outputName[: match.start()]
 
 
-class _Job:
+class _Goal:
     """
     A derivation of which something is wanted.
 
@@ -211,30 +211,30 @@ class _RemoteBuilder:
         self._substitute = substitute
         self._roots = roots
         self._drvs: dict[StorePath, Derivation] = {}
-        self._jobs: dict[StorePath, _Job] = {}
+        self._goals: dict[StorePath, _Goal] = {}
         # What is valid here and must go there.
         self._sends: set[StorePath] = set()
         # What all these derivations say of their outputs, as far as the paths are known.
         self._known: dict[StorePath, DerivationOutput] = {}
         # What was asked for is made from these, and from what they refer to.
         self._origins: frozenset[StorePath] = frozenset()
-        self.order: list[_Job] = []
+        self.order: list[_Goal] = []
 
     async def root(
         self, drv: StorePath | BasicDerivation, drvPath: StorePath | None, outputs: Collection[str] | None
-    ) -> _Job:
-        """The job of the derivation that was asked for."""
+    ) -> _Goal:
+        """The goal of the derivation that was asked for."""
         if isinstance(drv, StorePath):
             self._origins = frozenset({drv})
             drvPath, drv = drv, (await self._read([drv]))[drv]
         else:
             self._origins = drv.inputSrcs.union(drv.inputDrvs if isinstance(drv, Derivation) else ())
         self._learn(drv)
-        return _Job(drvPath or drvPathOf(drv, self._here.storeDir), drv, drv.outputs if outputs is None else outputs)
+        return _Goal(drvPath or drvPathOf(drv, self._here.storeDir), drv, drv.outputs if outputs is None else outputs)
 
     # --- what is to be done -------------------------------------------------------------------------------
 
-    async def explore(self, root: _Job) -> None:
+    async def explore(self, root: _Goal) -> None:
         """
         Find out what must be built and what must be sent, one question to each side for each level of dependencies.
 
@@ -242,46 +242,46 @@ class _RemoteBuilder:
         """
         level = [] if await self._isThere(root) else [root]
         while level:
-            for job in level:
-                self._jobs[job.path] = job
+            for goal in level:
+                self._goals[goal.path] = goal
             level = await self._next(level)
-        self.order = self._sorted(root) if root.path in self._jobs else []
+        self.order = self._sorted(root) if root.path in self._goals else []
 
-    async def _isThere(self, job: _Job) -> bool:
+    async def _isThere(self, goal: _Goal) -> bool:
         """Are the wanted outputs valid on the remote?"""
-        if job.wanted - job.outputs.keys():
+        if goal.wanted - goal.outputs.keys():
             return False
-        wanted = set(job.wantedPaths().values())
+        wanted = set(goal.wantedPaths().values())
         return wanted <= await self._client.queryValidPaths(wanted, lock=True, substitute=self._substitute)
 
-    async def _next(self, level: list[_Job]) -> list[_Job]:
+    async def _next(self, level: list[_Goal]) -> list[_Goal]:
         """
         @return: derivations that these depend on and that must be built themselves.
         """
         wanted: dict[StorePath, set[str]] = {}
-        for job in level:
-            for path, names in job.inputDrvs.items():
+        for goal in level:
+            for path, names in goal.inputDrvs.items():
                 wanted.setdefault(path, set()).update(names)
-        inputs = [self._jobs.get(path) or _Job(path, drv, ()) for path, drv in (await self._read(wanted)).items()]
-        for job in inputs:
-            job.want(wanted[job.path])
-        sources = set[StorePath]().union(*(job.drv.inputSrcs for job in level))
-        known = {path for job in inputs for path in job.outputs.values()} | sources
+        inputs = [self._goals.get(path) or _Goal(path, drv, ()) for path, drv in (await self._read(wanted)).items()]
+        for goal in inputs:
+            goal.want(wanted[goal.path])
+        sources = set[StorePath]().union(*(goal.drv.inputSrcs for goal in level))
+        known = {path for goal in inputs for path in goal.outputs.values()} | sources
         there = await self._client.queryValidPaths(known, lock=True, substitute=self._substitute)
         if self._roots:
             await self._here.addTempRoots(known - there)
         here = await self._here.queryValidPaths(known - there)
         for source in sorted(sources - there - here):
-            [user, *_] = [job.path for job in level if source in job.drv.inputSrcs]
+            [user, *_] = [goal.path for goal in level if source in goal.drv.inputSrcs]
             raise StoreError(f"'{source}', an input of '{user}', is valid neither here nor in the remote store")
         self._sends |= sources & here
         missing = []
-        for job in inputs:
-            found = [job.outputs.get(name) for name in job.wanted]
+        for goal in inputs:
+            found = [goal.outputs.get(name) for name in goal.wanted]
             if all(path in there or path in here for path in found):
                 self._sends |= {path for path in found if path in here and path is not None}
-            elif job.path not in self._jobs:
-                missing.append(job)
+            elif goal.path not in self._goals:
+                missing.append(goal)
         return missing
 
     async def _read(self, paths: Collection[StorePath]) -> dict[StorePath, Derivation]:
@@ -310,22 +310,22 @@ class _RemoteBuilder:
     def _learn(self, drv: BasicDerivation) -> None:
         self._known |= promisedOutputs(drv, drv.knownOutputPaths)
 
-    def _sorted(self, root: _Job) -> list[_Job]:
+    def _sorted(self, root: _Goal) -> list[_Goal]:
         """Dependencies first. A derivation's path depends on those of its inputs, so there are no cycles."""
-        order: list[_Job] = []
+        order: list[_Goal] = []
         seen = {root.path}
         stack = [(root, iter(sorted(root.inputDrvs)))]
         while stack:
-            job, inputs = stack[-1]
+            goal, inputs = stack[-1]
             for path in inputs:
-                if path in self._jobs and path not in seen:
+                if path in self._goals and path not in seen:
                     seen.add(path)
-                    other = self._jobs[path]
+                    other = self._goals[path]
                     stack.append((other, iter(sorted(other.inputDrvs))))
                     break
             else:
                 stack.pop()
-                order.append(job)
+                order.append(goal)
         return order
 
     # --- doing it -----------------------------------------------------------------------------------------
@@ -345,18 +345,18 @@ class _RemoteBuilder:
         @return: what came of the last one, or why it was not begun.
         """
         result = BuildResult(BuildStatus.ALREADY_VALID)
-        for job in self.order:
-            drvPath, basic = await self._basic(job)
+        for goal in self.order:
+            drvPath, basic = await self._basic(goal)
             onBuild(drvPath)
             result = await self._client.buildDerivation(drvPath, basic, options)
             if not result.success:
-                if job is self.order[-1]:
+                if goal is self.order[-1]:
                     return result
                 self.cause = result
-                reason = f"its dependency '{job.path}' failed to build: {result.errorMsg}"
+                reason = f"its dependency '{goal.path}' failed to build: {result.errorMsg}"
                 return BuildResult(BuildStatus.DEPENDENCY_FAILED, reason)
-            made = outputsOf(self._client.name, drvPath, basic, result, job.wanted, self._here.storeDir)
-            job.outputs |= made
+            made = outputsOf(self._client.name, drvPath, basic, result, goal.wanted, self._here.storeDir)
+            goal.outputs |= made
             self._known |= promisedOutputs(basic, made)
         return result
 
@@ -398,24 +398,24 @@ class _RemoteBuilder:
             )
         return self._known
 
-    async def _basic(self, job: _Job) -> tuple[StorePath, BasicDerivation]:
+    async def _basic(self, goal: _Goal) -> tuple[StorePath, BasicDerivation]:
         """
         @return: the derivation as it is sent, and its path: another one if paths of inputs had to be filled in.
         """
-        if not isinstance(job.drv, Derivation):
-            return job.path, job.drv
-        inputs = await self._inputs(job.drv)
+        if not isinstance(goal.drv, Derivation):
+            return goal.path, goal.drv
+        inputs = await self._inputs(goal.drv)
         kinds = {path: other.drv.kind() for path, other in inputs.items()}
         outputs: InputOutputs = {path: other.wantedPaths() for path, other in inputs.items()}
-        if mustResolve(job.drv, kinds):
-            resolved = resolve(job.drv, outputs, self._here.storeDir)
-            job.outputs |= resolved.knownOutputPaths
+        if mustResolve(goal.drv, kinds):
+            resolved = resolve(goal.drv, outputs, self._here.storeDir)
+            goal.outputs |= resolved.knownOutputPaths
             return drvPathOf(resolved, self._here.storeDir), resolved
-        paths = {outputs[path][name] for path, names in job.drv.inputDrvs.items() for name in names}
-        return job.path, basicDerivation(job.drv, job.drv.inputSrcs | paths)
+        paths = {outputs[path][name] for path, names in goal.drv.inputDrvs.items() for name in names}
+        return goal.path, basicDerivation(goal.drv, goal.drv.inputSrcs | paths)
 
-    async def _inputs(self, drv: Derivation) -> dict[StorePath, _Job]:
+    async def _inputs(self, drv: Derivation) -> dict[StorePath, _Goal]:
         """The input derivations: those that were built, and those whose outputs were there."""
-        others = await self._read([path for path in drv.inputDrvs if path not in self._jobs])
-        jobs = {path: _Job(path, other, drv.inputDrvs[path]) for path, other in others.items()}
-        return {path: self._jobs.get(path) or jobs[path] for path in drv.inputDrvs}
+        others = await self._read([path for path in drv.inputDrvs if path not in self._goals])
+        goals = {path: _Goal(path, other, drv.inputDrvs[path]) for path, other in others.items()}
+        return {path: self._goals.get(path) or goals[path] for path in drv.inputDrvs}

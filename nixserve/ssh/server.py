@@ -84,7 +84,7 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
 
     @ivar source: see L{nixserve.ssh.admission.Newcomer}.
     @ivar host: see L{nixserve.ssh.keywatch.LoggedIn}.
-    @ivar share: see L{nixserve.ssh.shares.Worker}.
+    @ivar share: see L{nixserve.ssh.shares.Sharer}.
     """
 
     version = b"nixserve"
@@ -208,7 +208,7 @@ class ServeTransport(PacedTransport, transport.SSHServerTransport):
             shares.wait(self)
 
     def workOn(self) -> None:
-        """See L{nixserve.ssh.shares.Worker}."""
+        """See L{nixserve.ssh.shares.Sharer}."""
         self._isWaiting = False
         self._work(b"")
         if not self._isWaiting:

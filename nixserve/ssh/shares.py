@@ -14,13 +14,13 @@ from typing import Protocol
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-__all__ = ["SHARE_SECONDS", "Shares", "Worker"]
+__all__ = ["SHARE_SECONDS", "Sharer", "Shares"]
 
 # Half a MiB of an upload, or some twenty small messages.
 SHARE_SECONDS = 0.002
 
 
-class Worker(Protocol):
+class Sharer(Protocol):
     """
     A connection that is logged in.
 
@@ -42,7 +42,7 @@ class Shares:
         self._clock = clock
         # Seconds in this turn of the reactor, or in this and others with little to do, by key.
         self._used: dict[str, float] = {}
-        self._lines: dict[str, deque[Worker]] = {}
+        self._lines: dict[str, deque[Sharer]] = {}
         self._turn: IDelayedCall | None = None
 
     def left(self, share: str) -> float:
@@ -60,9 +60,9 @@ class Shares:
         if used > SHARE_SECONDS / 2:
             self._expectTurn()
 
-    def wait(self, worker: Worker) -> None:
+    def wait(self, sharer: Sharer) -> None:
         """There is more to do than the share lasts for: go on in the next turn. Once until it comes."""
-        self._lines.setdefault(worker.share, deque()).append(worker)
+        self._lines.setdefault(sharer.share, deque()).append(sharer)
         self._expectTurn()
 
     def _expectTurn(self) -> None:
