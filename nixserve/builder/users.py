@@ -19,8 +19,8 @@ import os
 from dataclasses import dataclass, field
 
 from nixserve.builder.spawn import killProcesses
-from nixserve.errors import StoreError
 from nixserve.store.api import Busy
+from nixserve.store.fileerrors import refused
 from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["BuildUser"]
@@ -70,7 +70,7 @@ class BuildUser:
                     uid = _START_ID + slot * _SLOT_SIZE
                     return cls(uid, uid, True, locks)
         except OSError as error:
-            raise StoreError(f"cannot lock a build user: '{error.filename}': {error.strerror}") from error
+            raise refused(f"cannot lock a build user: '{error.filename}'", error) from error
         raise Busy("a free build user ID", _RETRY_SECONDS)
 
     def killAll(self) -> None:

@@ -33,10 +33,9 @@ from typing import Self
 from nixserve.codec.base32 import ALPHABET
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StorePath
-from nixserve.errors import StoreError
 from nixserve.hook.machines import Machine
 from nixserve.store.api import Busy
-from nixserve.store.fileerrors import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors, refused
 from nixserve.store.ownpaths import makeOwnDirectory
 
 __all__ = ["MAX_CLAIMED", "Claims"]
@@ -150,7 +149,7 @@ class Claims:
         except BlockingIOError:
             raise
         except OSError as error:
-            raise StoreError(f"cannot lock '{self._path}': {error.strerror}") from error
+            raise refused(f"cannot lock '{self._path}'", error) from error
         return int(_FLOCK.unpack(answer)[0])
 
 

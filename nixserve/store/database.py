@@ -31,7 +31,7 @@ from urllib.parse import quote
 
 from nixserve.errors import StoreError
 from nixserve.store.api import Busy
-from nixserve.store.fileerrors import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors, refused
 from nixserve.store.layout import StoreLayout
 
 __all__ = ["OLDEST_SCHEMA", "PATIENCE", "SCHEMA", "Database"]
@@ -344,7 +344,7 @@ class Database:
         except OSError as error:
             # A reader without rights, or of a store that nobody has opened since it was copied here.
             if not self._layout.readOnly:
-                raise StoreError(f"cannot lock '{path}': {error.strerror}") from error
+                raise refused(f"cannot lock '{path}'", error) from error
 
     def _readSchema(self) -> int:
         """
@@ -359,7 +359,7 @@ class Database:
                 raise StoreError(f"there is no store in '{self._layout.stateDir}': '{path}' is missing") from None
             return 0
         except OSError as error:
-            raise StoreError(f"cannot read '{path}': {error.strerror}") from error
+            raise refused(f"cannot read '{path}'", error) from error
         # Nix refuses all but digits here, a newline too.
         if not (text.isdigit() and len(text) < 10):
             raise StoreError(f"'{path}' is corrupt: it holds {text!r} where a number alone should be")
@@ -400,7 +400,7 @@ class Database:
                 self._writeSchema()
             fcntl.flock(self._bigLock, fcntl.LOCK_SH)
         except OSError as error:
-            raise StoreError(f"cannot lock '{self._layout.bigLockPath}': {error.strerror}") from error
+            raise refused(f"cannot lock '{self._layout.bigLockPath}'", error) from error
 
     def _runUpgrades(self, schema: int) -> None:
         with self._connection() as connection:

@@ -37,7 +37,7 @@ from typing import Final
 
 from nixserve.errors import StoreError
 from nixserve.store.api import Busy
-from nixserve.store.fileerrors import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors, refused
 from nixserve.store.files import deletePath
 
 __all__ = ["LOCK_SUFFIX", "NoLockFile", "PathLocks", "moveInto", "vacate"]
@@ -141,7 +141,7 @@ def vacate(realPath: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise StoreError(f"cannot remove '{realPath}': {error.strerror}") from error
+        raise refused(f"cannot remove '{realPath}'", error) from error
     if realPath.endswith(LOCK_SUFFIX) and _isLockFile(status, realPath):
         PathLocks([realPath.removesuffix(LOCK_SUFFIX)]).unlock()
     elif realPath.endswith(_SANDBOX_SUFFIX) and stat.S_ISDIR(status.st_mode) and not status.st_mode & stat.S_IXOTH:
@@ -191,7 +191,7 @@ def _lock(realPath: str) -> int:
             break
         except OSError as error:
             os.close(fd)
-            raise StoreError(f"cannot lock '{lockPath}': {error.strerror}") from error
+            raise refused(f"cannot lock '{lockPath}'", error) from error
         except BaseException:
             os.close(fd)
             raise

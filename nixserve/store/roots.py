@@ -28,7 +28,7 @@ from typing import Final
 from nixserve.codec.storepath import StorePath
 from nixserve.errors import StoreError
 from nixserve.store.api import Busy
-from nixserve.store.fileerrors import fileSystemErrors
+from nixserve.store.fileerrors import fileSystemErrors, refused
 from nixserve.store.layout import StoreLayout
 
 __all__ = ["TempRoots"]
@@ -137,7 +137,7 @@ class TempRoots:
         except BlockingIOError:
             return False
         except OSError as error:
-            raise StoreError(f"cannot lock '{self._layout.gcLockPath}': {error.strerror}") from error
+            raise refused(f"cannot lock '{self._layout.gcLockPath}'", error) from error
         return True
 
     def _write(self, paths: set[StorePath]) -> None:
@@ -165,7 +165,7 @@ class TempRoots:
             self._hangUp()
             if error.errno in _LOST:
                 raise Busy("the garbage collector to begin or end", _COLLECTOR_COMING) from error
-            raise StoreError(f"cannot talk to the garbage collector: {error.strerror or error}") from error
+            raise refused("cannot talk to the garbage collector", error) from error
         except StoreError as error:
             if not isinstance(error, Busy):
                 self._hangUp()
