@@ -159,7 +159,7 @@ class _FakeSession(StoreSession):
 
     def _nars(self, paths: Sequence[StorePath]) -> Iterator[bytes]:
         # What is made up stands alone.
-        isMadeUp = paths[0] in self._store.madeUp
+        isMadeUp = bool(paths) and paths[0] in self._store.madeUp
         return self._store.readMadeUp(paths[0]) if isMadeUp else self._inner.narsFromPaths(paths)
 
 

@@ -54,6 +54,8 @@ class TestFakeStore:
         session = store.openSession()
         for chunks in (session.narFromPath(path), session.narsFromPaths([path])):
             assert [next(chunks), next(chunks)] == [b"a", b"b"]
+        assert list(session.narsFromPaths([])) == []
+        store.calls.pop()
         assert store.chunksRead == 4 and store.names == ["openSession", "narFromPath", "narsFromPaths"]
         with pytest.raises(OSError, match="the disk"):
             next(chunks)
