@@ -40,6 +40,8 @@ async def fetchOutputs(
     try:
         await copyClosure(client, here, outputs, closure=False, progress=progress, explain=explain)
     except InvalidPath as e:
+        if e.path not in outputs:
+            raise
         raise RemoteError(f"{client.name}: the output '{e.path}' is not there after the build") from e
     except MissingReference as e:
         raise RemoteError(
