@@ -273,7 +273,7 @@ class Demonstration:
 
     async def _build(self, client: _Client, store: LocalStore, sample: Sample) -> None:
         """
-        BuildFigures there and fetch the output.
+        Build there and fetch the output.
 
         @raise RemoteError: it did not build.
         @raise StoreError: the output is not what it should be.

@@ -189,7 +189,7 @@ def _socketPath(environ: Mapping[str, str]) -> str:
     Where the preloaded process of the Nix listens that has started this one. Its number may come again, at another
     time or in another container; and where it is no Nix, as in tests, the next hook may have another environment.
 
-    @raise UnsafePath: there can be none: others may make sockets there.
+    @raise nixserve.store.ownpaths.UnsafePath: there can be none: others may make sockets there.
     @raise OSError: likewise, or the directory cannot be made.
     """
     from zlib import crc32

@@ -20,7 +20,7 @@ from nixserve.builder.builtinjob import BuiltinJob
 from nixserve.builder.builtins import isBuiltin
 from nixserve.builder.drvoptions import DerivationOptions
 from nixserve.builder.environment import builderEnvironment, outputRewrites
-from nixserve.builder.outputs import BuiltOutputs, HashMismatch, OutputPlace, registerOutputs
+from nixserve.builder.outputs import BuiltOutputs, HashMismatch, OutputPlace, proceed, registerOutputs
 from nixserve.builder.process import CancelToken, Ending, Outcome, ProcessLimits, ProcessSpec, runBuilder
 from nixserve.builder.sandbox import Sandbox, SandboxPath
 from nixserve.builder.settings import BuildSettings
@@ -196,7 +196,7 @@ class Execution:
             self._settings.impureEnv,
             inputClosure=build.inputs,
             options=build.drvOptions,
-            proceed=lambda: patience(_proceed),
+            proceed=lambda: patience(proceed),
         )
         workspace.writeFiles(seen.files)
         return ProcessSpec(
@@ -375,10 +375,6 @@ class _Patience:
                     poll.register(cancelled, select.POLLIN)
                     poll.poll(max(0.0, min(error.retryAfter, left)) * 1000)
         raise BuildError(*_INTERRUPTED)
-
-
-def _proceed() -> None:
-    """Does nothing. Tried with L{Patience}, it only sees whether the build is cancelled or out of time."""
 
 
 def failed(error: BuildError | FormatError | StoreError | OSError) -> BuildResult:

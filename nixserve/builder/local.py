@@ -274,7 +274,7 @@ class PreparedBuild:
 
     def run(self, log: Callable[[bytes], None], cancel: CancelToken) -> BuildResult:
         """
-        BuildSetup. Blocks until the build has ended and everything that it held is free.
+        Build. Blocks until the build has ended and everything that it held is free.
 
         @param log: called with lines of the builder's output, from another thread. May take its time.
         @param cancel: stops the build from any thread.

@@ -44,7 +44,7 @@ from nixserve.store.pathlocks import PathLocks, moveInto, vacate
 from nixserve.store.restoring import restorePath
 from nixserve.store.validpaths import ValidPaths
 
-__all__ = ["BuiltOutputs", "HashMismatch", "OutputPlace", "OutputRegistrar", "Patience", "registerOutputs"]
+__all__ = ["BuiltOutputs", "HashMismatch", "OutputPlace", "OutputRegistrar", "Patience", "proceed", "registerOutputs"]
 
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -179,7 +179,7 @@ class _Registration:
         self._session = session
         self._built = built
         self._patience = patience
-        self._copier = TreeCopier(built.builderUids, lambda: patience(_proceed), built.maxSize)
+        self._copier = TreeCopier(built.builderUids, lambda: patience(proceed), built.maxSize)
         self._inputs = {path.hashPart: path for path in built.inputs}
         self._scratches = {place.scratch.hashPart: name for name, place in built.places.items()}
         #: By the hash part of the scratch path, the final path; of outputs that have one.
@@ -271,7 +271,7 @@ class _Registration:
     def _patiently(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """What is read may be large, so each chunk is an occasion to give up."""
         for chunk in chunks:
-            self._patience(_proceed)
+            self._patience(proceed)
             yield chunk
 
     def _inOrder(self, examined: Mapping[str, _Examined]) -> list[str]:
@@ -442,7 +442,7 @@ class _Registration:
         )
 
 
-def _proceed() -> None:
+def proceed() -> None:
     """Does nothing. Tried with L{Patience}, it only sees whether the build is cancelled or out of time."""
 
 

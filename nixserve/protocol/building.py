@@ -53,7 +53,8 @@ class IBuilds(Interface):
         Build one derivation from inputs that are there, and keep what comes of it for C{client}.
 
         @param request: what it names is kept for C{client} already.
-        @return: what came of it. Cancelling leaves: what nobody waits for any more is killed.
+        @return: what came of it, with L{BuildResult.hashMismatch} set where that is so, for exit statuses are not told
+            from texts. Cancelling leaves: what nobody waits for any more is killed.
         """
 
     def buildPaths(request: BuildPaths, client: BuildClient) -> Deferred[BuildPathsResult]:

@@ -1,5 +1,6 @@
 """
-LocalBuilds, from the reactor's side: which of them run, who waits for them, and where their logs go.
+Builds on a store of this machine, from the reactor's side: which of them run, who waits for them, and where their logs
+go.
 
 There are as many running builds as C{maxJobs} says, over all clients, each with a thread of its own. The rest wait:
 clients, told apart by their keys, take turns, so that one that asks for a thousand builds does not keep another

@@ -459,7 +459,7 @@ class LocalPathWriter(_Writer):
             self._install(self._info)
 
     def _take(self, data: bytes) -> None:
-        # What follows a complete NAR would be kept in memory: the restorer leaves it to its owner.
+        # What follows a complete NAR the parser would keep in memory.
         checkMore(self._info, self._restorer.narSize, self._restorer.finished, data)
         self._restorer.feed(data)
 

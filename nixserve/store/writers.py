@@ -85,8 +85,8 @@ class DrainingWriter:
         """
         @raise StoreError: more bytes than C{narSize}.
         """
-        checkMore(self._info, self._size, False, data)
-        self._size += len(data)
+        size, self._size = self._size, self._size + len(data)
+        checkMore(self._info, size, False, data)
 
     def finish(self) -> None:
         """
