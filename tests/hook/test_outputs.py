@@ -10,6 +10,7 @@ from nixserve.codec.derivation import DerivationOutput
 from nixserve.codec.hashes import hashBytes
 from nixserve.errors import RemoteError
 from nixserve.hook.outputs import fetchOutputs
+from nixserve.store.api import InvalidPath
 from nixserve.testing import addObject, makeInfo, makeNar
 from tests.hook.machineside import Recorder, Side, questions
 
@@ -54,6 +55,16 @@ def test_fetches(side):
     assert fetch(side, plain(top.path, low.path)) == ["low", "top"]
     assert fetch(side, plain(top.path, low.path)) == []
     assert side.store.openSession().queryValidPaths([low.path, top.path]) == {low.path, top.path}
+
+
+def test_damageHere(side):
+    """What goes wrong in the store here is not told of the machine, which would be put aside for it."""
+    top = made(side, "top")
+    joined, lost = side.joined(), side.paths[-1]
+    damage = Recorder(lambda: side.store._objects.pop(lost))
+    with pytest.raises(InvalidPath) as raised:
+        joined.result(Deferred.fromCoroutine(fetchOutputs(side.here(), joined.client, plain(top.path), damage)))
+    assert raised.value.path == lost
 
 
 def test_keptThere(side, monkeypatch):
