@@ -22,7 +22,7 @@ from nixserve.hook.queue import WAITING_PER_SLOT
 from nixserve.hook.slots import Slots
 from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
-from tests.hook.bench import QUESTION, Bench, asks
+from tests.hook.chooserbench import QUESTION, Bench, asks
 from tests.hook.machinelist import machine, machines
 from tests.otherprocess import ROOT
 

@@ -39,7 +39,7 @@ from nixserve.store.local import LocalStore
 from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import Built, FakeStore, ScriptedBuilds, addObject, buildTrees, makeInfo, makeNar
 from tests.derivations import derivation
-from tests.hook.bench import QUESTION, Bench, asks
+from tests.hook.chooserbench import QUESTION, Bench, asks
 from tests.hook.machinelist import machine
 from tests.remote.children import HELLO, child
 from tests.store.realisationtables import REALISATION_ROWS, REALISATIONS
