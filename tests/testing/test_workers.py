@@ -3,8 +3,9 @@ Workers without threads.
 """
 
 import pytest
+from zope.interface.verify import verifyObject
 
-from nixserve.protocol.interfaces import ISharedWorkers
+from nixserve.protocol.interfaces import ISharedWorkers, IWorkers
 from nixserve.testing import ImmediateWorkers, ManualWorkers, result
 
 
@@ -12,7 +13,7 @@ from nixserve.testing import ImmediateWorkers, ManualWorkers, result
 def test_areWorkers(kind):
     """Both are workers that clients share, whose time passes when it is told to."""
     workers = kind()
-    assert ISharedWorkers.providedBy(workers) and workers.of("somebody", 1) is workers
+    assert verifyObject(ISharedWorkers, workers) and verifyObject(IWorkers, workers.of("somebody", 1))
     assert workers.reactor.seconds() == 0
 
 
