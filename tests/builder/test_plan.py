@@ -237,7 +237,10 @@ def test_failureEndsTheRest(store):
     assert len(plan.next()) == 2
     plan.finished(a, failure(message="builder for 'a' failed with exit code 3"))
     assert plan.over and plan.next() == []
+    before = plan.result()
     plan.finished(b, BuildResult(BUILT))
+    assert plan.over and plan.next() == [] and plan.result() == before
+    assert before.status == 100
 
 
 def test_ownErrorOfASingleTarget(store):
