@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
@@ -102,7 +102,7 @@ def test_more(conversation):
 
 
 def test_peerIsGivenUp(conversation, clock):
-    """While the peer has to act, and only then, it is given up."""
+    """While the peer has to act it is given up when nothing moves, and what is waited for ends."""
     waiting = begun(conversation.wait(Deferred()))
     assert stalls(clock, conversation)
     with pytest.raises(CancelledError):
@@ -144,7 +144,7 @@ def test_halfClosed(conversation, clock):
 
 
 def test_buildsEndWithTheInput(conversation):
-    """A build ends with the end of input, before or while it runs; anything else does not."""
+    """A build that runs ends with the end of input."""
     building = begun(conversation.interruptible(Deferred()))
     conversation.receiveEOF()
     with pytest.raises(CancelledError):
@@ -158,6 +158,31 @@ def test_buildsAfterTheInput(conversation):
     assert conversation.cause is None
     with pytest.raises(PolicyError, match="interrupted by the user"):
         result(begun(conversation.interruptible(Deferred())))
+
+
+@pytest.mark.parametrize("wait", ["wait", "ours"])
+def test_nothingElseEndsWithTheInput(conversation, wait):
+    """Whatever else is waited for goes on, whether the end of input comes before it, meanwhile, or after a build."""
+    result(begun(conversation.interruptible(succeed(None))))
+    pending = Deferred()
+    waiting = begun(getattr(conversation, wait)(pending))
+    conversation.receiveEOF()
+    assert not pending.called and conversation.cause is None
+    pending.callback(5)
+    assert result(waiting) == 5
+    assert result(begun(getattr(conversation, wait)(succeed(6)))) == 6
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_storeGoesOnAfterTheInput(conversation, before):
+    """So does what a worker does."""
+    if before:
+        conversation.receiveEOF()
+    waiting = begun(conversation.call(lambda: 5))
+    if not before:
+        conversation.receiveEOF()
+    conversation.door._workers.run()()
+    assert result(waiting) == 5 and conversation.cause is None
 
 
 def test_closed(conversation, clock):
