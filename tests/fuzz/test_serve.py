@@ -5,7 +5,17 @@ from hypothesis import strategies as st
 
 from nixserve.codec.buildresult import BuildResult
 from nixserve.codec.connection import ClientConnection, ServerConnection
-from nixserve.codec.events import NEED_DATA, PAUSED, EndOfInput, NarData, RequestStarted
+from nixserve.codec.events import (
+    NEED_DATA,
+    PAUSED,
+    EndOfExport,
+    EndOfInput,
+    EndOfNar,
+    ImportedItem,
+    NarData,
+    Reply,
+    RequestStarted,
+)
 from nixserve.codec.messages import (
     BuildDerivation,
     BuildPaths,
@@ -103,7 +113,7 @@ ASKED = [
 
 
 def clientHears(pieces, asked):
-    """All that can be seen of a client that has asked C{asked}, likewise."""
+    """All that can be seen of a client that has asked C{asked}, likewise. Up to its end it has every reply."""
     client = ClientConnection(STORE_DIR)
     client.sendHello()
     client.receiveData(SERVER_MAGIC + wire(0x207))
@@ -120,7 +130,18 @@ def clientHears(pieces, asked):
                 events.append(event)
     except RemoteProtocolError as e:
         return [event for event in events if not isinstance(event, NarData)], str(e)
+    assert isinstance(event, EndOfInput)
+    assertAnswered(events, asked)
     return joined(events), ""
+
+
+def assertAnswered(events, asked):
+    """There is a reply to each of the requests, in order, and no other."""
+    dumps = [request for request in asked if isinstance(request, DumpStorePath)]
+    replies = [event.request for event in events if isinstance(event, Reply | EndOfExport)]
+    exported = sum(isinstance(event, ImportedItem) for event in events)
+    assert events.count(EndOfNar()) - exported == len(dumps)
+    assert replies == [request for request in asked if request not in dumps]
 
 
 @st.composite
