@@ -2,7 +2,6 @@
 
 import pytest
 from twisted.internet.error import ConnectionDone, ProcessTerminated
-from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 
 from nixserve.codec.buildresult import BuildResult, BuildStatus, Realisation
@@ -33,15 +32,11 @@ CHUNK = bytes(256 * 1024)
 
 
 @pytest.fixture(autouse=True)
-def logged():
-    """The events of one test; no failure may be left unhandled."""
-    events = []
-    globalLogPublisher.addObserver(events.append)
-    yield events
+def readyIsOfNoInterest(logged):
+    """That a client did not become ready is a failure which its test need not handle."""
+    yield
     while CLIENTS:
         CLIENTS.pop().ready.addErrback(lambda failure: None)
-    globalLogPublisher.removeObserver(events.append)
-    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
 
 
 @pytest.fixture(params=[(1 << 20, ImmediateWorkers), (1, ImmediateWorkers), (1000, ManualWorkers)])

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 from twisted.internet.defer import CancelledError
-from twisted.logger import globalLogPublisher
 
 from nixserve.codec.hashes import hashBytes
 from nixserve.errors import RemoteError, StoreError, UsageError
@@ -21,14 +20,10 @@ from nixserve.testing import FakeStore, Joined, ManualWorkers, addObject, makeIn
 
 
 @pytest.fixture(autouse=True)
-def logged():
-    """No failure goes unhandled."""
-    events = []
-    globalLogPublisher.addObserver(events.append)
-    yield events
+def circlesAreCollected(logged):
+    """A failure that nobody handled is logged when what holds it is gone, which may be a circle."""
+    yield
     gc.collect()
-    globalLogPublisher.removeObserver(events.append)
-    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
 
 
 def uploadClosure(client, here, paths, progress, **options):

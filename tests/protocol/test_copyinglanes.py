@@ -6,7 +6,6 @@ from itertools import cycle
 
 import pytest
 from twisted.internet.defer import CancelledError
-from twisted.logger import globalLogPublisher
 
 from nixserve.errors import RemoteError
 from nixserve.protocol import transfers
@@ -21,14 +20,10 @@ WIDTH = 9
 
 
 @pytest.fixture(autouse=True)
-def logged():
-    """No failure goes unhandled."""
-    events = []
-    globalLogPublisher.addObserver(events.append)
-    yield events
+def circlesAreCollected(logged):
+    """A failure that nobody handled is logged when what holds it is gone, which may be a circle."""
+    yield
     gc.collect()
-    globalLogPublisher.removeObserver(events.append)
-    assert not [event for event in events if "Unhandled error" in str(event.get("log_format"))]
 
 
 @pytest.fixture(autouse=True)
