@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from nixserve.codec.pathinfo import ValidPathInfo
 from nixserve.codec.storepath import StoreDir, StorePath
@@ -16,8 +16,8 @@ from nixserve.testing.objects import Tree, addObject, makeInfo, makeNar
 
 __all__ = ["FakeStore"]
 
-P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class FakeStore:
@@ -25,7 +25,8 @@ class FakeStore:
     L{nixserve.store.api.Store} over a L{MemoryStore}.
 
     @ivar inner: the store itself, where nothing is recorded and nothing fails.
-    @ivar calls: names and arguments of all calls on its sessions and their writers, and of C{openSession}, in order.
+    @ivar calls: names and arguments, however those were given, of all calls on its sessions and their writers, and of
+        C{openSession}, in order. What a writer does by itself, such as to abort after a failure, is no call.
     @ivar sessions: all that were opened, in order.
     @ivar madeUp: NARs that are given out for paths whether valid or not, in chunks; one that is an exception is raised.
     @ivar chunksRead: how many of those chunks were asked for.
@@ -88,10 +89,10 @@ class FakeStore:
         """See L{nixserve.store.api.Store}."""
         self.inner.close()
 
-    def perform(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def perform(self, method: Callable[[*Ts], T], *args: *Ts) -> T:
         """Record a call; then fail, or do it."""
         self.record(method.__name__, *args)
-        return method(*args, **kwargs)
+        return method(*args)
 
     def record(self, name: str, *args: Any) -> None:
         """Record a call; then fail, or return."""

@@ -35,7 +35,7 @@ class ManyPaths(FakeStore):
 
     closure = frozenset(PATHS)
 
-    def perform(self, method, *args, **kwargs):
+    def perform(self, method, *args):
         """As L{FakeStore.perform}."""
         if method.__name__ == "queryClosure":
             self.record("queryClosure", *args)
@@ -43,7 +43,7 @@ class ManyPaths(FakeStore):
         if method.__name__ == "queryPathInfos":
             self.record("queryPathInfos", *args)
             return {each: INFOS[each] for each in args[0]}
-        return super().perform(method, *args, **kwargs)
+        return super().perform(method, *args)
 
 
 class SharedWorkers(ManualWorkers):

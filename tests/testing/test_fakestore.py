@@ -22,6 +22,11 @@ class TestFakeStore:
         assert store.calls == [("openSession", ()), ("addToStore", (info,)), ("feed", (nar,)), ("finish", ())]
         assert store.names == ["openSession", "addToStore", "feed", "finish"]
         assert store.valid([info]) == [info]
+        session.addToStore(makeInfo("y", nar)).abort()
+        session.importPath().abort()
+        assert store.names[4:] == ["addToStore", "abort", "importPath", "abort"]
+        session.queryClosure([], includeOutputs=True)
+        assert store.calls[-1] == ("queryClosure", ([], True))
         session.close()
         store.close()
 
