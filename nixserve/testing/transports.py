@@ -60,11 +60,16 @@ class MemoryTransport:
 
     def write(self, data: bytes) -> None:
         """See L{IServeTransport}."""
-        if self.status is None and not self.aborted:
+        if not self.ended:
             self.written += data
             self.mostUnread = max(self.mostUnread, self.unsent)
             self._throttle()
             self._wake()
+
+    @property
+    def ended(self) -> bool:
+        """Is it too late to write anything?"""
+        return self.aborted or self.status is not None
 
     def writeSequence(self, data: Any) -> None:
         """See L{IServeTransport}."""
@@ -81,7 +86,7 @@ class MemoryTransport:
 
     def writeError(self, data: bytes) -> None:
         """See L{IServeTransport}."""
-        if self.status is None:
+        if not self.ended:
             self.errors += data
             self._wake()
 
@@ -162,7 +167,7 @@ class RecordingTransport(MemoryTransport):
     A transport whose other end is the test, which reads when it calls L{take}.
 
     @ivar written: all that was written, read or not.
-    @ivar late: what was written after the end, which a real transport drops.
+    @ivar late: what was written after the end, or after it was aborted, which a real transport drops.
     @ivar exits: how often the session has ended.
     @ivar pauses: how often its protocol has begun to take nothing.
     @ivar window: how much the protocol has let the peer send on while it is paused.
@@ -182,13 +187,13 @@ class RecordingTransport(MemoryTransport):
 
     def write(self, data: bytes) -> None:
         """See L{IServeTransport}."""
-        if self.status is not None:
+        if self.ended:
             self.late += data
         super().write(data)
 
     def writeError(self, data: bytes) -> None:
         """See L{IServeTransport}."""
-        if self.status is not None:
+        if self.ended:
             self.late += data
         super().writeError(data)
 

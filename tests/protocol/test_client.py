@@ -269,6 +269,7 @@ def test_textInsteadOfHello():
     client.dataReceived(b"more")
     assert client._connection.buffered == buffered
     client.connectionLost(Failure(ConnectionDone()))
+    assert transport.late == b""
 
 
 def test_errorTextExplains():
@@ -367,7 +368,7 @@ def test_everybodyIsFailedByABadReply():
             result(request)
     assert transport.aborted
     client.connectionLost()
-    assert client.ended.called
+    assert client.ended.called and transport.late == b""
 
 
 def test_surplusBytes():
@@ -379,6 +380,7 @@ def test_surplusBytes():
     with pytest.raises(RemoteError, match="a reply that nobody asked for"):
         result(client.queryValidPaths([]))
     result(client.ready)
+    assert transport.late == b""
 
 
 def test_oldServer():

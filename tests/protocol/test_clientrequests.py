@@ -147,7 +147,7 @@ def test_cancelledUnderWay(ask):
         result(given)
     with pytest.raises(RemoteError, match="has been cancelled"):
         result(other)
-    assert transport.aborted
+    assert transport.aborted and transport.late == b""
     client.connectionLost()
 
 
@@ -219,7 +219,7 @@ def test_closeLosesPatience():
     clock.advance(CLOSE_SECONDS - 0.1)
     assert not transport.aborted and not closed.called
     clock.advance(0.2)
-    assert transport.aborted
+    assert transport.aborted and transport.late == b""
     client.connectionLost()
     assert result(closed) is None
     client, transport = alone(clock=clock)

@@ -65,7 +65,8 @@ def refused(ask, reply, match, most=2 * PIECE):
     sent = attack(client, transport, reply)
     with pytest.raises(RemoteError, match=match) as caught:
         result(asked)
-    assert transport.aborted and sent <= most and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    assert transport.aborted and transport.late == b"" and sent <= most
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
 def infos(*paths):
@@ -164,6 +165,7 @@ def test_repliesThatNobodyAskedFor():
     assert transport.aborted
     with pytest.raises(RemoteError, match="a reply that nobody asked for"):
         result(client.queryValidPaths([]))
+    assert transport.late == b""
 
 
 def test_whatTheRemoteSaysHidesNothing():

@@ -45,6 +45,17 @@ def test_keepsWhatIsWritten():
     assert transport.written == b"abcd" and transport.errors == b"e" and transport.mostUnread == 4
 
 
+def test_keepsWhatComesAfterAborting():
+    """The same when it was aborted, which is no status."""
+    transport = RecordingTransport()
+    transport.write(b"ab")
+    transport.abortConnection()
+    transport.write(b"late ")
+    transport.writeError(b"too")
+    assert transport.late == b"late too" and transport.status is None
+    assert transport.written == b"ab" and transport.errors == b""
+
+
 def test_pausesItsProducer():
     """A producer is paused while more is unread than there is room for."""
     transport, producer = RecordingTransport(capacity=2), Producer()
