@@ -1,4 +1,6 @@
-"""The pictures of docs/architecture.md that say which module uses which."""
+"""
+The picture of docs/architecture.md that says which module uses which; and that modules which pages name are there.
+"""
 
 import re
 
@@ -8,8 +10,35 @@ from tests.importgraph import ROOT, sourceGraph
 
 PAGE = (ROOT / "docs/architecture.md").read_text()
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LAYERS = {file.parent.name for file in ROOT.glob("nixserve/*/__init__.py")}
+
 LINE = re.compile(r"(?P<branch>[ │]*(?:[├└]▶ )?)(?P<module>[a-z]+/[a-z_]+)(?:  .*)?")
 """A module, behind the arrow that leads to it, and what is said of it."""
+
+
+NAMED = re.compile(r"`(?:nixserve/)?([a-z]+/\w+)(?:\.py)?`")
+"""A module, or something else whose name looks so."""
+
+EXPECTED = "## Where the code differs from the obvious layout\n"
+"""Below this a table begins each line with what one might expect."""
+
+BESIDE = re.compile(r" {2,}([a-z]+/[a-z]+(?:, (?:[a-z]+/)?[a-z]+)*)$", re.M)
+"""The right column of a picture that is no tree: modules; one without a layer is in that of the one before."""
+
+
+def named(text):
+    """The modules that a page names, C{layer/module}, but for those that one might expect and that are not there."""
+    before, _, table = text.partition(EXPECTED)
+    text = before + re.sub(r"^\|[^|]*\|", "", table, flags=re.M)
+    modules = {name for name in NAMED.findall(text) if name.split("/")[0] in LAYERS}
+    for block in re.findall(r"^```\n(.*?)^```$", text, re.M | re.S):
+        for column in BESIDE.findall(block):
+            layer = ""
+            for name in column.split(", "):
+                layer, _, module = name.rpartition("/") if "/" in name else (layer, "", name)
+                modules.add(f"{layer}/{module}")
+    return modules
 
 
 def arrows(picture):
@@ -65,3 +94,17 @@ def test_notUnderstood(line):
     """What is no such picture is not passed over."""
     with pytest.raises((AssertionError, IndexError)):
         arrows(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_namedModulesAreThere(page):
+    """Each module that a page names is a file."""
+    assert [name for name in sorted(named(page.read_text())) if not (ROOT / f"nixserve/{name}.py").is_file()] == []
+
+
+def test_namesAreFound():
+    """They are found in text, in tables and beside pictures, with or without their ending."""
+    text = "`codec/a` and `codec/b.py`, `nixserve/codec/c.py`, `tests/d`, codec/e\n```\n  x y    ssh/f, g, app/h\n```\n"
+    table = f"{EXPECTED}\n| one might expect | there is |\n|---|---|\n| `ssh/i.py` | `ssh/j.py` |\n"
+    assert named(text + table) == {"codec/a", "codec/b", "codec/c", "ssh/f", "ssh/g", "app/h", "ssh/j"}
+    assert {"hook/lastseen", "protocol/relay", "store/contents"} <= named(PAGE)
