@@ -2,9 +2,10 @@
 What holds for all tests.
 
 They follow the packages: the tests of C{nixserve/codec/wire.py} are in C{tests/codec/test_wire.py}; what a module does
-together with others, in a file beside it that says so. Beside the packages are C{interop}, against real Nix and real
-SSH; C{fuzz}, whatever bytes arrive; C{docs}, what the documentation says; and C{bench}, programs that measure, which
-compare with the real pair in the same run and print ratios.
+together with others, in a file beside it that says so. Where a module has no such file, a table in
+C{tests/test_tree.py} says where its tests are. Beside the packages are C{interop}, against real Nix and real SSH;
+C{fuzz}, whatever bytes arrive; C{docs}, what the documentation says; and C{bench}, programs that measure, which compare
+with the real pair in the same run and print ratios.
 
 What several files of tests need is in a module called after what it holds, such as C{tests/builder/workplace.py};
 doubles that are of use to others as well are in L{nixserve.testing}. Only pytest imports tests and C{conftest.py}:
