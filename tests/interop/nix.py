@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.realcollector import collecting
+
 NIX_CONFIG = "\n".join(
     [
         "substituters =",
@@ -78,13 +80,13 @@ class Nix:
         variables = {**self.environment, **dict(environment)}
         if store is not None:
             variables["NIX_REMOTE"] = str(store)
-        done = subprocess.run(
-            [str(argument) for argument in arguments],
-            input=b"" if stdin is None else stdin,
-            capture_output=True,
-            timeout=timeout,
-            env=variables,
-        )
+        command = [str(argument) for argument in arguments]
+
+        def run():
+            given = b"" if stdin is None else stdin
+            return subprocess.run(command, input=given, capture_output=True, timeout=timeout, env=variables)
+
+        done = collecting(run) if "--gc" in command else run()
         if check:
             assert done.returncode == 0, (
                 f"{arguments[:8]} exited with {done.returncode}: {done.stderr.decode()[-2000:]}"

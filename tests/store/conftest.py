@@ -18,6 +18,7 @@ from nixserve.store.layout import StoreLayout
 from nixserve.store.local import LocalStore
 from nixserve.store.opening import prepareDirectories
 from nixserve.store.validpaths import ValidPaths
+from tests.realcollector import collecting
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def nix(root):
 
     def run(*arguments):
         command = [program, "--store", root, *arguments]
-        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        done = collecting(lambda: subprocess.run(command, capture_output=True, timeout=60))
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
 
