@@ -27,6 +27,7 @@ from nixserve.store.local import LocalStore
 from nixserve.store.pathlocks import PathLocks
 from nixserve.testing import Executable, makeNar
 from tests.builder.stores import add, info, someHash, writeTree
+from tests.realcollector import collecting
 
 INPUT_ADDRESSED = object()
 
@@ -112,7 +113,8 @@ def nix(diverted):
     root = diverted.layout.realStoreDir.removesuffix("/nix/store")
 
     def run(*arguments):
-        done = subprocess.run([program, "--store", root, *arguments], capture_output=True, timeout=60, check=False)
+        command = [program, "--store", root, *arguments]
+        done = collecting(lambda: subprocess.run(command, capture_output=True, timeout=60))
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
 
