@@ -114,8 +114,17 @@ class Source:
     def __init__(self, transport, size):
         self.transport, self.left = transport, size
         self.paused = False
-        transport.registerProducer(self, True)
+        self.consumer.registerProducer(self, True)
         self.resumeProducing()
+
+    @property
+    def consumer(self):
+        """What pauses it."""
+        return self.transport
+
+    def end(self):
+        """Everything is written."""
+        self.transport.exit(0)
 
     def resumeProducing(self):
         self.paused = False
@@ -124,8 +133,8 @@ class Source:
             self.left -= len(piece)
             self.transport.write(piece)
         if not self.left:
-            self.transport.unregisterProducer()
-            self.transport.exit(0)
+            self.consumer.unregisterProducer()
+            self.end()
             self.left = None
 
     def pauseProducing(self):
@@ -262,21 +271,14 @@ class Child(ProcessProtocol):
 class FeedStdin(Source):
     """As L{Source}, into a child's standard input, which is closed at the end."""
 
-    def __init__(self, transport, size):
-        self.transport, self.left = transport, size
-        self.paused = False
-        transport.pipes[0].registerProducer(self, True)
-        self.resumeProducing()
+    @property
+    def consumer(self):
+        """See L{Source}."""
+        return self.transport.pipes[0]
 
-    def resumeProducing(self):
-        self.paused = False
-        while not self.paused and self.left:
-            piece = self.CHUNK[: self.left]
-            self.left -= len(piece)
-            self.transport.write(piece)
-        if not self.left:
-            self.transport.pipes[0].unregisterProducer()
-            self.transport.closeStdin()
+    def end(self):
+        """See L{Source}."""
+        self.transport.closeStdin()
 
 
 def runSSH(server, command, *options, child=None, terminal=False):
